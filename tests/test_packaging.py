@@ -1,0 +1,115 @@
+"What a notebook can't say about itself: exports, ids, README, imports, commands, and what a wheel contains"
+import ast, json, re, shutil, subprocess, sys, tarfile, zipfile
+from configparser import ConfigParser
+from importlib.metadata import entry_points
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+nbs  = sorted((root/'nbs').rglob('[!_.]*.ipynb'))
+library = [p for p in nbs if re.match(r'\d\d_', p.name)]
+number  = {p.stem[3:]: int(p.stem[:2]) for p in library}
+
+def run(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
+
+@pytest.mark.parametrize('nb', library, ids=lambda p: p.stem)
+def test_a_module_imports_only_lower_numbers(nb):
+    "Also inside functions: a lazy import upwards is an import upwards"
+    tree = ast.parse((root/'advmix'/f'{nb.stem[3:]}.py').read_text())
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('advmix')):
+            name = (n.module or '').removeprefix('advmix').strip('.')
+            for m in [name] if name else [a.name for a in n.names]:
+                assert number.get(m.split('.')[0], -1)<number[nb.stem[3:]], f'{nb.stem} imports {m}'
+
+def test_every_module_has_a_notebook():
+    assert {p.stem for p in (root/'advmix').glob('[!_]*.py')}==set(number)
+
+@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+def test_notebooks_are_clean(nb):
+    d = json.loads(nb.read_text())
+    assert d['nbformat_minor']>=5 and len({c['id'] for c in d['cells']})==len(d['cells'])
+    assert all(c.get('execution_count') is None for c in d['cells'])
+    assert nb.stat().st_size<2**20
+    outputs = json.dumps([c.get('outputs') for c in d['cells']])
+    assert not re.search(r'/home/|/root/|/work/|/tmp/|site-packages', outputs), 'a local path in the outputs'
+
+@pytest.mark.parametrize('nb', library, ids=lambda p: p.stem)
+def test_library_notebooks_show_their_outputs(nb):
+    d = json.loads(nb.read_text())
+    assert any(c.get('outputs') for c in d['cells']) and not any('skip_exec' in ''.join(c['source']) for c in d['cells'])
+
+def test_export_changes_nothing(tmp_path):
+    pytest.importorskip('nbdev')
+    copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__'))
+    r = run('-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    assert r.returncode==0, r.stderr
+    for p in (root/'advmix').glob('*.py'): assert (copy/'advmix'/p.name).read_text()==p.read_text(), f'{p.name} differs from its notebook: run nbdev_export'
+
+def test_readme_is_the_index():
+    pytest.importorskip('execnb')
+    sys.path.insert(0, str(root/'tests'))
+    from make_readme import render, read_nb
+    text,pics = render(read_nb(root/'nbs/index.ipynb'))
+    assert text==(root/'README.md').read_text(encoding='utf-8'), 'README.md is stale: python tests/make_readme.py'
+    for name,png in pics.items(): assert (root/'nbs/images'/name).read_bytes()==png
+
+def test_import_has_no_side_effects():
+    code = '''
+import random, socket, sys, warnings, numpy as np, torch
+import fastai.vision.all
+from fastai.vision.all import Learner
+def fail(*a, **k): raise AssertionError('network at import')
+socket.socket.connect = fail
+state = lambda: (torch.random.get_rng_state().sum().item(), random.getstate(), np.random.get_state()[1].sum(), list(warnings.filters), torch.get_num_threads(), torch.get_default_dtype())
+before = state()
+import importlib, pkgutil, advmix
+for m in pkgutil.iter_modules(advmix.__path__):
+    if not m.name.startswith('_'): importlib.import_module('advmix.'+m.name)
+assert state()==before
+'''
+    r = run('-c', code, cwd=root)
+    assert r.returncode==0, r.stderr[-3000:]
+
+def test_import_costs_little():
+    "Everything advmix exports, on top of `fastai.vision.all`: under a tenth of the time"
+    code = '''
+from time import perf_counter as now
+t0 = now(); import fastai.vision.all; t1 = now()
+import importlib, pkgutil, advmix
+for m in pkgutil.iter_modules(advmix.__path__):
+    if not m.name.startswith('_'): importlib.import_module('advmix.'+m.name)
+print((now()-t1)/(t1-t0))
+'''
+    ratios = []
+    for _ in range(3):   # a busy machine only makes it slower
+        r = run('-c', code, cwd=root)
+        assert r.returncode==0, r.stderr[-3000:]
+        ratios.append(float(r.stdout))
+    assert min(ratios)<.1, ratios
+
+def commands():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(root/'settings.ini')
+    return dict(l.split('=') for l in ini['DEFAULT']['console_scripts'].split())
+
+@pytest.mark.parametrize('name', commands())
+def test_console_scripts_start(name):
+    ep = {e.name: e for e in entry_points(group='console_scripts')}
+    if name not in ep: pytest.fail(f'{name} is not installed: pip install -e .')
+    r = run('-c', f'import sys; from importlib.metadata import entry_points; sys.argv=["{name}","--help"]; next(iter(entry_points(group="console_scripts", name="{name}"))).load()()')
+    assert r.returncode==0 and 'usage' in r.stdout, r.stdout+r.stderr
+
+def test_wheel_and_sdist_are_complete(tmp_path):
+    pytest.importorskip('build')
+    copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__', 'build'))
+    for kind in ('sdist', 'bdist_wheel'):
+        r = run('setup.py', '-q', kind, '--dist-dir', str(tmp_path/'dist'), cwd=copy)
+        assert r.returncode==0, r.stderr[-2000:]
+    wheel = zipfile.ZipFile(next((tmp_path/'dist').glob('*.whl'))).namelist()
+    sdist = tarfile.open(next((tmp_path/'dist').glob('*.tar.gz'))).getnames()
+    for m in number:
+        assert f'advmix/{m}.py' in wheel
+        assert any(n.endswith(f'advmix/{m}.py') for n in sdist)
+    for f in ('settings.ini', 'README.md', 'LICENSE', 'setup.py'): assert any(n.endswith('/'+f) for n in sdist), f
+    assert not any(n.startswith(('tests', 'nbs')) for n in wheel)
