@@ -63,14 +63,14 @@ def _unreduced(loss_func):
     except (TypeError, ValueError): has_kw = False
     return partial(loss_func, reduction='none') if has_kw else None
 
-# %% ../nbs/00_core.ipynb #c22b68b7
+# %% ../nbs/00_core.ipynb #9ebdcdaa
 def item_losses(
     loss_func,      # Any classification loss: fastai's, torch's, or a function `(pred, y) -> scalar`
     pred:Tensor,    # Predictions, `(B,n_classes)`
     y:Tensor,       # Targets, one per item, `(B,...)`
-)->Tensor:          # One loss per item, `(B,)` float32
+)->Tensor:          # One loss per item, `(B,)`, at least float32
     "The user's loss for each item; `ValueError` that names the loss if it cannot be had"
-    pred,bs = pred.float(),len(y)
+    pred,bs = pred.to(torch.promote_types(pred.dtype, torch.float32)),len(y)   # half precision is too coarse for a loss
     lf = _unreduced(loss_func)
     try:
         res = lf(pred, y) if lf else None
@@ -79,7 +79,7 @@ def item_losses(
         name = getattr(loss_func, '__name__', type(loss_func).__name__)
         raise ValueError(f'loss {name} cannot be evaluated per item on targets {y.dtype} {tuple(y.shape)} and predictions {tuple(pred.shape)} ({e}): '
                          "give it a `reduction` argument, or pass loss_mode='soft' if it takes soft targets") from e
-    return res.float().reshape(bs, -1).mean(1)
+    return res.reshape(bs, -1).mean(1)
 
 # %% ../nbs/00_core.ipynb #94f9a0cd
 def _normaliser(loss_func, y):
@@ -92,7 +92,7 @@ def _normaliser(loss_func, y):
     c = weight.float()[y.where(valid, y.new_zeros(()))] if weight is not None else torch.ones_like(y, dtype=torch.float)
     return (c*valid).reshape(len(y), -1).mean(1)
 
-# %% ../nbs/00_core.ipynb #f72d9ca4
+# %% ../nbs/00_core.ipynb #5e070721
 def mixed_loss(
     loss_func,          # The user's loss
     pred:Tensor,        # Predictions for the mixed images, `(B,n_classes)`
@@ -100,12 +100,12 @@ def mixed_loss(
     idx:Tensor,         # Which images are in each mixture, `(B,N)`
     w:Tensor,           # Label weight of each, `(B,N)`; rows need not sum to 1
     mode:str=None,      # "items" (loss per source, weighted), "soft" (mix the targets), or None: decide by the targets
-)->Tensor:              # Scalar, float32
+)->Tensor:              # Scalar, at least float32
     "The user's loss on mixed targets, reduced as the user's loss reduces; `ValueError` names a loss that cannot do it"
     if mode not in (None, 'items', 'soft'): raise ValueError(f"loss_mode {mode!r} unknown: use 'items', 'soft' or None")
     if not isinstance(y, Tensor): raise ValueError(f"targets of type {type(y).__name__} cannot be mixed: use a tensor of class numbers or of floats")
     hard = not y.is_floating_point() and y.ndim<pred.ndim
-    if mode=='soft' or (mode is None and not hard): return _soft_loss(loss_func, pred.float(), soft_labels(y, idx, w, pred.shape[1]))
+    if mode=='soft' or (mode is None and not hard): return _soft_loss(loss_func, pred.to(torch.promote_types(pred.dtype, torch.float32)), soft_labels(y, idx, w, pred.shape[1]))
     w     = w.float()
     total = sum((w[:,n]*item_losses(loss_func, pred, y[idx[:,n]])).sum() for n in range(idx.shape[1]))
     if getattr(getattr(loss_func, 'func', loss_func), 'reduction', 'mean')=='sum': return total

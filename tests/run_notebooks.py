@@ -2,7 +2,7 @@
 import os, sys
 os.environ |= dict(IN_TEST='1', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'))   # before torch is imported
 from pathlib import Path
-from execnb.nbio import write_nb
+from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 from nbdev.processors import FrontmatterProc
 from nbdev.process import NBProcessor
@@ -23,7 +23,7 @@ def run(path):
     shell = CaptureShell(path, mpl_format='png')
     sys.path.insert(0, str(root))
     with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=skipped)
-    source = NBProcessor(path).nb   # untouched by the processors
+    source = read_nb(path)   # NBProcessor takes the directives out of the cells
     for c,d in zip(source.cells, nb.cells):
         if c.cell_type=='code' and not skipped(d): c.outputs = [o for o in d.get('outputs', []) if o.get('name')!='stderr']   # warnings carry local paths
     write_nb(source, path)

@@ -1,0 +1,98 @@
+"The commands as a shell sees them: what they print, where, and how they exit"
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+
+root = Path(__file__).resolve().parents[1]
+
+def sh(cmd, *args, cwd, **kw):
+    code = f'import sys; from advmix.cli import {cmd}; sys.argv[0]="advmix_{cmd}"; {cmd}()'
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg'), **kw)
+
+small = ['--epochs', 1, '--steps', 1, '--n-eval', 16, '--suite', 'clean,fgsm,pgd20', '--bs', 256]
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with one finished run"
+    p = tmp_path_factory.mktemp('home')
+    r = sh('train', *small, cwd=p)
+    assert r.returncode==0, r.stderr
+    assert 'pgd20' in r.stdout and 'runs/digits-aom-0/report.json' in r.stdout
+    return p
+
+@pytest.mark.parametrize('cmd', ['train','evaluate','compare','bench'])
+def test_help_explains_every_argument(cmd, tmp_path):
+    r = sh(cmd, '--help', cwd=tmp_path)
+    assert r.returncode==0 and 'usage' in r.stdout
+    if cmd=='train':
+        for a in 'method data arch epochs bs lr eps steps seed ema out device amp resume force'.split(): assert f'--{a}' in r.stdout
+        assert 'pixel units' in r.stdout
+
+def test_asking_again_opens_the_run(home):
+    assert sh('train', *small, cwd=home).returncode==0
+    r = sh('train', *small, '--lr', .001, cwd=home)
+    assert r.returncode==2 and 'different run' in r.stderr and 'force' in r.stderr
+
+@pytest.mark.parametrize('args,says', [(['--method','best'], 'choose one of vanilla'), (['--data','mnist'], 'digits, cifar10, cifar100'), (['--eps','0'], '(0,1]'), (['--eps','2'], '(0,1]'),
+                                       (['--arch','lenet'], 'resnet18')])
+def test_mistakes_get_one_sentence(args, says, tmp_path):
+    r = sh('train', *args, cwd=tmp_path)
+    assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr and len(r.stderr.strip().splitlines())==1
+    assert not (tmp_path/'runs').exists()
+
+def folder(p, classes, n=12, value=None):
+    for c in classes:
+        (p/c).mkdir(parents=True)
+        for i in range(n): Image.fromarray(np.random.RandomState(i).randint(0, 255, (16,16,3), dtype='uint8')).save(p/c/f'{i}.png')
+    return p
+
+@pytest.mark.parametrize('classes,says', [([], 'no images'), (['cat'], 'class')])
+def test_unusable_folders_get_one_sentence(classes, says, tmp_path):
+    (tmp_path/'d').mkdir()
+    folder(tmp_path/'d', classes)
+    r = sh('train', '--data', tmp_path/'d', cwd=tmp_path)
+    assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr
+
+def test_a_folder_of_images_trains_and_is_judged(tmp_path):
+    folder(tmp_path/'d', ['cat','dog','emu','fox'], 20)
+    r = sh('train', '--data', 'd', '--arch', 'convnet', '--size', 16, *small[:-2], '--bs', 16, '--method', 'mixup', cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    assert json.loads((tmp_path/'runs/d-mixup-0/report.json').read_text())['config']['data']=='d'
+
+def test_evaluate_a_run_and_fail_under(home):
+    ok = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail-under', 'clean=0', '--out', 'e.json', cwd=home)
+    assert ok.returncode==0, ok.stderr
+    a,b = (json.loads((home/p).read_text())['rows'] for p in ('e.json','runs/digits-aom-0/report.json'))
+    assert [(o['name'],o['accuracy']) for o in a]==[(o['name'],o['accuracy']) for o in b]
+    low = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail_under', 'autoattack=1.1', cwd=home)
+    assert low.returncode==1 and 'under 1.1' in low.stderr
+
+@pytest.mark.parametrize('args,says', [(['runs/none'], 'does not exist'), (['runs'], 'not a run folder'), (['runs/digits-aom-0','--eps','9'], '(0,1]'), (['runs/digits-aom-0/model.safetensors'], '--data'),
+                                       (['runs/digits-aom-0','--suite','clean,fgsm,pgd20','--n_eval','16','--fail-under','robust=.4'], 'was not measured')])
+def test_evaluate_mistakes(args, says, home):
+    r = sh('evaluate', *args, cwd=home)
+    assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr
+
+def test_compare_prints_a_table(tmp_path):
+    r = sh('compare', '--methods', 'vanilla,pgd', '--seeds', 2, *small, cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    assert '±' in r.stdout and (tmp_path/'runs/compare/compare.png').exists()
+    assert sh('compare', '--methods', 'vanilla,best', cwd=tmp_path).returncode==2
+
+def test_ctrl_c_says_how_to_resume(tmp_path):
+    import signal, time
+    code = 'import sys; from advmix.cli import train; sys.argv[0]="advmix_train"; train()'
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, '--epochs', '200', '--steps', '1', '--n_eval', '16', '--suite', 'clean,fgsm,pgd20'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                         text=True, env=os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg'))
+    for _ in range(600):
+        if (tmp_path/'runs/digits-aom-0/checkpoint.pth').exists(): break
+        time.sleep(.1)
+    p.send_signal(signal.SIGINT)
+    _,err = p.communicate(timeout=60)
+    assert p.returncode==130 and '--resume' in err and 'Traceback' not in err
+    assert (tmp_path/'runs/digits-aom-0/history.csv').exists()
+
+def test_bench_prints_ratios(tmp_path):
+    r = sh('bench', '--methods', 'pgd,aom', '--arch', 'convnet', '--size', 8, '--bs', 4, '--steps', 1, '--rounds', 1, cwd=tmp_path)
+    assert r.returncode==0 and 'vs_floor' in r.stdout and 'PGD steps' in r.stdout, r.stderr
