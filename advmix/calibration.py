@@ -14,14 +14,17 @@ from torch import nn, Tensor
 from .core import *
 from .evaluate import *
 
-# %% ../nbs/53_calibration.ipynb #f13c2aec
+# %% ../nbs/53_calibration.ipynb #5bf1f90d
 def _probs(logits, y):
     "Probabilities `(B,n)` in float64, labels as int64"
-    if not isinstance(logits, Tensor) or logits.ndim!=2 or not logits.is_floating_point(): raise ValueError(f'logits must be a float tensor (B,n_classes), got {getattr(logits, "shape", type(logits).__name__)}')
+    if not isinstance(logits, Tensor) or logits.ndim!=2 or not logits.is_floating_point():
+        raise ValueError(f'logits must be a float tensor (B,n_classes), got {getattr(logits, "shape", type(logits).__name__)}')
     check_labels(y, logits.shape[1])
     if len(y)!=len(logits) or not len(y): raise ValueError(f'{len(logits)} rows of logits for {len(y)} labels: give one label per row, and at least one')
-    if not logits.amax(1).isfinite().all(): raise ValueError('logits contain NaN or infinity: calibration is undefined')   # -inf beside finite ones is a probability of 0
-    if (logits>=0).all() and ((logits.sum(1)-1).abs()<1e-3).all(): raise ValueError('logits are probabilities already (rows sum to 1): give the output before the softmax, or their log')
+    if not logits.amax(1).isfinite().all():   # -inf beside finite ones is a probability of 0
+        raise ValueError('logits contain NaN or infinity: calibration is undefined')
+    if (logits>=0).all() and ((logits.sum(1)-1).abs()<1e-3).all():
+        raise ValueError('logits are probabilities already (rows sum to 1): give the output before the softmax, or their log')
     return logits.double().softmax(1),y.long()
 
 # %% ../nbs/53_calibration.ipynb #c21478fa
@@ -110,7 +113,7 @@ def _logits(model, x, bs):
     dev = next((p.device for p in model.parameters()), x.device)
     with examined(model) as net: return torch.cat([net(xb.float().to(dev)).cpu() for xb in x.split(bs)])   # evaluation mode, float32, without a trace
 
-# %% ../nbs/53_calibration.ipynb #fef45138
+# %% ../nbs/53_calibration.ipynb #e89266e7
 def calibration_row(
     model:nn.Module,  # Pixels in, logits out
     x:Tensor,         # Test images `(B,C,H,W)` in [0,1]
@@ -122,8 +125,9 @@ def calibration_row(
     start  = time.perf_counter()
     logits = _logits(model, check_images(x), bs)
     p,y = _probs(logits, y.cpu())
-    return dict(name='calibration', accuracy=(p.argmax(1)==y).double().mean().item(), n=len(y), seconds=time.perf_counter()-start, confidence=p.amax(1).mean().item(),
-                ece=ece(logits, y, n_bins), adaptive_ece=adaptive_ece(logits, y, n_bins), nll=nll(logits, y), brier=brier(logits, y), n_bins=n_bins)
+    return dict(name='calibration', accuracy=(p.argmax(1)==y).double().mean().item(), n=len(y), seconds=time.perf_counter()-start,
+                confidence=p.amax(1).mean().item(), ece=ece(logits, y, n_bins),
+                adaptive_ece=adaptive_ece(logits, y, n_bins), nll=nll(logits, y), brier=brier(logits, y), n_bins=n_bins)
 
 # %% ../nbs/53_calibration.ipynb #fba02314
 def fit_temperature(

@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCallback', 'Passenger', 'CarriedCallback',
-           'BesideMetric', 'BesideCallback', 'EMACallback']
+           'BesideMetric', 'BesideCallback', 'EMACallback', 'TermMetric', 'GameCallback', 'AdAutoMixCallback',
+           'AutoMixCallback']
 
-# %% ../nbs/40_callbacks.ipynb #fbdcf124
+# %% ../nbs/40_callbacks.ipynb #11902443
 import math, random
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-import numpy as np
-import torch
+import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner, Metric
 from fastai.torch_core import get_model as bare, num_distrib, rank_distrib
 from .core import *
@@ -27,21 +28,26 @@ from .data import *
 from .models import *
 from .viz import *
 from .mix import *
+from .zoo import *
 from .attack import *
 from .aom import *
+from .generator import *
+from .minmax import *
 
-# %% ../nbs/40_callbacks.ipynb #b1c319e6
+# %% ../nbs/40_callbacks.ipynb #f0808c6d
 class MixCallback(Callback):
     "Train on what `mixer` makes of each batch; `ValueError` beside another mixing callback or if images are not in [0,1]"
     order,run_valid = 5,False
     def __init__(self,
-        mixer,              # Any `mixer(x, y, model) -> Mixed`; `x` arrives in pixels, whatever the `DataLoaders` do
+        mixer,              # `mixer(x, y, model) -> Mixed`, a name in `MIXES`, or a list of them, also as `(mixer, weight)`; `x` arrives in pixels
         p:float=1.,         # Probability that a batch is mixed at all
         start:float=0.,     # Mix from this fraction of the fit ...
         stop:float=1.,      # ... to this one; train on clean images otherwise
         loss_mode:str=None, # "items", "soft" or None (decide by the labels); see `mixed_loss`
     ):
-        if not callable(mixer): raise TypeError(f'mixer {mixer!r} is not callable: give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
+        if isinstance(mixer, str):           mixer = MIXES[mixer]()
+        if isinstance(mixer, (list, tuple)): mixer = RandomMix(mixer)
+        if not callable(mixer) or isinstance(mixer, type): raise TypeError(f'mixer {mixer!r} cannot be called on a batch: give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
         for k,v in dict(p=p, start=start, stop=stop).items():
             if not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: it is a fraction')
         self.mixer,self.p,self.start,self.stop,self.loss_mode = mixer,p,start,stop,loss_mode
@@ -50,8 +56,9 @@ class MixCallback(Callback):
     @property
     def mixed(self): "The `Mixed` of the current batch, None if it stayed clean"; return self.terms[0][1] if self.terms else None
     def __getstate__(self): return self.__dict__|dict(terms=[])   # don't export the last batch
+    def disarm(self)->bool: "Take back a hook that a mixer inside the network has set and that did not fire; was there one?"; return getattr(self.mixer, 'disarm', lambda: False)()
 
-# %% ../nbs/40_callbacks.ipynb #9ec73ab6
+# %% ../nbs/40_callbacks.ipynb #8029da3e
 @patch
 def before_fit(self:MixCallback):
     "Refuse what cannot work; cheap and idempotent, since `validate` and `get_preds` come through here as well"
@@ -60,6 +67,7 @@ def before_fit(self:MixCallback):
             raise ValueError(f'{type(self).__name__} and {type(cb).__name__} would both mix each batch: remove one, or give one MixCallback several mixers')
     if isinstance(self.learn.model, nn.DataParallel): raise ValueError('nn.DataParallel copies the model at each batch: use learn.distrib_ctx() instead')
     self.terms,self.stats,self.checked = [],pixel_stats(self.dls),False
+    self.disarm()
     if num_distrib()>1 and hasattr(self.learn, 'n_epoch'): torch.manual_seed(torch.randint(2**31, (1,)).item()+rank_distrib())
 
 # %% ../nbs/40_callbacks.ipynb #159d1c93
@@ -91,7 +99,7 @@ def precision(self:MixCallback):
     dtype = torch.bfloat16 if mp.amp_mode.value=='bf16' else torch.float16
     return torch.autocast(self.dls.device.type, dtype=dtype, enabled=self.dls.device.type=='cuda')   # as in fastai: on a CPU it stays off
 
-# %% ../nbs/40_callbacks.ipynb #ecdec20c
+# %% ../nbs/40_callbacks.ipynb #56e9753e
 @patch
 def mix(self:MixCallback,
     x:Tensor,           # Pixels `(B,C,H,W)`
@@ -102,15 +110,29 @@ def mix(self:MixCallback,
     return [(1., self.mixer(x, y, model))]
 
 @patch
+def batch(self:MixCallback)->tuple:
+    "Pixels and labels of this batch as plain tensors, or None if it is to stay clean"
+    self.terms = []
+    if not self.start<=self.pct_train<=self.stop or (self.p<1 and torch.rand(1).item()>=self.p): return None
+    x = self.pixels(self.xb[0].as_subclass(Tensor))
+    if not self.checked: self.checked = check_images(x, 'the training batch') is x   # once a fit: it waits for the device
+    return x.clamp(0,1),self.yb[0].as_subclass(Tensor)
+
+@patch
+def show_model(self:MixCallback,
+    x:Tensor,   # What the model shall see, normalised if the `DataLoaders` normalise
+):
+    "Make `x` the input of this batch, with the type it had"
+    xb = self.xb[0]
+    self.learn.xb = (x.to(xb.dtype).as_subclass(type(xb)), *self.xb[1:])
+
+@patch
 def before_batch(self:MixCallback):
     "Show the model mixed images; `yb` stays as it is"
-    self.terms = []
-    if not self.start<=self.pct_train<=self.stop or (self.p<1 and torch.rand(1).item()>=self.p): return
-    xb,y = self.xb[0],self.yb[0].as_subclass(Tensor)
-    x = self.pixels(xb.as_subclass(Tensor))
-    if not self.checked: self.checked = check_images(x, 'the training batch') is x   # once a fit: it waits for the device
-    with self.precision(): self.terms = self.mix(x.clamp(0,1), y, self.pixel_model())
-    self.learn.xb = (self.encoded(self.mixed.x).to(xb.dtype).as_subclass(type(xb)), *self.xb[1:])
+    b = self.batch()
+    if b is None: return
+    with self.precision(): self.terms = self.mix(*b, self.pixel_model())
+    self.show_model(self.encoded(self.mixed.x))
 
 # %% ../nbs/40_callbacks.ipynb #d695a332
 @patch
@@ -121,6 +143,18 @@ def after_loss(self:MixCallback):
     preds = [self.pred] + [bare(self.learn.model)(self.encoded(m.x), *self.xb[1:]) for _,m in self.terms[1:]]
     self.learn.loss_grad = sum(c*m.loss(self.learn.loss_func, p, y, self.loss_mode) for (c,m),p in zip(self.terms, preds))
     self.learn.loss = self.learn.loss_grad.clone()
+
+# %% ../nbs/40_callbacks.ipynb #f13235f6
+@patch
+def after_pred(self:MixCallback):
+    "`RuntimeError` if a mix inside the network did not happen in the pass it was meant for"
+    if self.disarm(): raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
+
+@patch
+def after_cancel_batch(self:MixCallback): self.disarm()
+
+@patch
+def after_fit(self:MixCallback): self.disarm()
 
 # %% ../nbs/40_callbacks.ipynb #040c6fc9
 @contextmanager
@@ -134,7 +168,7 @@ def _unnoticed(dl):
             np.random.set_state(state[1])
             dl.rng.setstate(state[2])
 
-# %% ../nbs/40_callbacks.ipynb #4155d116
+# %% ../nbs/40_callbacks.ipynb #aa6f310c
 @patch
 def show(self:MixCallback,
     n:int=4,    # How many images
@@ -144,10 +178,10 @@ def show(self:MixCallback,
     dl,self.stats = self.dls.train,pixel_stats(self.dls)
     with _unnoticed(dl):
         xb,yb = dl.one_batch()[:2]
-        x,y = self.pixels(xb[:n].as_subclass(Tensor)).clamp(0,1),yb[:n].as_subclass(Tensor)
+        x,y = self.pixels(xb[:max(n,16)].as_subclass(Tensor)).clamp(0,1),yb[:max(n,16)].as_subclass(Tensor)   # partners may come from further on
         self.learn.model.to(x.device)
         with self.precision(): mixed = self.mix(x, y, self.pixel_model())[0][1]
-    return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), **kwargs)
+    return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
 
 @patch
 def show_mix(self:Learner,
@@ -285,7 +319,7 @@ class BesideMetric(Metric):
     @property
     def name(self): return f'{self.metric.name}_ema'
 
-# %% ../nbs/40_callbacks.ipynb #73fa48c0
+# %% ../nbs/40_callbacks.ipynb #0f4f261d
 class BesideCallback(CarriedCallback):
     "Validate a second network, `beside()`, on the batches of the student: one `_ema` column for every metric"
     beside_pred,instead = None,False
@@ -297,7 +331,9 @@ class BesideCallback(CarriedCallback):
     def after_pred(self):
         if self.training: return
         net = self.beside()
-        with torch.no_grad(): self.beside_pred = self.pred if net is None else net(*self.xb)
+        if net is None: self.beside_pred = self.pred
+        else:
+            with torch.no_grad(), untouched(net): self.beside_pred = net(*self.xb)
         if self.instead: self.learn.pred = self.beside_pred
 
 # %% ../nbs/40_callbacks.ipynb #82a9ced7
@@ -306,43 +342,41 @@ class _EMA:
     decay = .999
     def __call__(self, averaged, current, n): get_ema_multi_avg_fn(self.decay)(averaged, current, n)
 
-# %% ../nbs/40_callbacks.ipynb #688ff4a7
+# %% ../nbs/40_callbacks.ipynb #31c4b4c7
 class EMACallback(BesideCallback):
     "Average the weights, $\\bar\\theta \\leftarrow m\\bar\\theta+(1-m)\\theta$, and validate the average; `ValueError` for a decay outside [0,1]"
     def __init__(self,
-        decay:float=.999,       # $m$, or $m_0$ where `final` is given
-        final:float=None,       # $m_1$: rise to it along a cosine
-        warmup:bool=True,       # Hold the decay below (1+k)/(10+k), so that short runs forget their beginning
+        decay:float=None,       # $m$, or $m_0$ where `final` is given; None: both fitted to the length of training, see `ema_range`
+        final:float=None,       # $m_1$: rise to it along a cosine; None: constant
         validate:str='both',    # 'both': student, and the average in `_ema` columns; 'average': the average instead; 'student'
     ):
         for k,v in dict(decay=decay, final=final).items():
             if v is not None and not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: .999 averages over about a thousand steps')
         if validate not in ('both','average','student'): raise ValueError(f"validate={validate!r} unknown: use 'both', 'average' or 'student'")
-        self.decay,self.final,self.warmup,self.validate = decay,final,warmup,validate
+        self.decay,self.final,self.validate = decay,final,validate
         self.average,self.instead = None,validate=='average'
 
-# %% ../nbs/40_callbacks.ipynb #3d0ac9c9
+# %% ../nbs/40_callbacks.ipynb #fb7da90f
 @patch
 def decay_at(self:EMACallback,
-    pct:float,  # Fraction of the fit, `k/K`
-    n:int,      # Updates so far
+    k:int,      # Step of this fit
+    n_steps:int # Steps of this fit, K
 )->float:       # $m(k)$
-    "The decay at a point of the fit, AdAutoMix (ICLR 2024) schedule if `final` is given"
-    m = self.decay
-    if self.final is not None and pct>=.1: m = self.final - (self.final-self.decay)*(1+math.cos(math.pi*pct))/2
-    return min(m, (1+n)/(10+n)) if self.warmup else m
+    "The decay at a step of the fit"
+    m0,m1 = ema_range(n_steps) if self.decay is None else (self.decay, self.decay if self.final is None else self.final)
+    return ema_momentum(k, n_steps, m0, m1)
 
 @patch
 def after_step(self:EMACallback):
     "One update per step of the optimiser; none where half precision skipped it"
     if getattr(getattr(self.learn, 'mixed_precision', None), 'skipped', False): return
-    net = bare(self.learn.model)
+    net,n = bare(self.learn.model),self.n_epoch*len(self.dls.train)
     if self.average is None: self.average = AveragedModel(net, multi_avg_fn=_EMA(), use_buffers=True).requires_grad_(False)
-    self.average.multi_avg_fn.decay = self.decay_at(self.pct_train, self.average.n_averaged.item())
+    self.average.multi_avg_fn.decay = self.decay_at(round(self.pct_train*n), n)
     self.average.update_parameters(net)
 
 @patch
-def beside(self:EMACallback): return self.average.module.eval() if self.average is not None and self.validate!='student' else None
+def beside(self:EMACallback): return self.average.module if self.average is not None and self.validate!='student' else None
 
 # %% ../nbs/40_callbacks.ipynb #af75df5a
 @patch
@@ -355,3 +389,185 @@ def load_state(self:EMACallback, state):
     else:
         if self.average is None: self.average = AveragedModel(bare(self.learn.model), multi_avg_fn=_EMA(), use_buffers=True).requires_grad_(False)
         self.average.load_state_dict(state)
+
+# %% ../nbs/40_callbacks.ipynb #5594f604
+class TermMetric(Metric):
+    "Mean over the training batches of an epoch of one term of the game"
+    def __init__(self, cb, term): self.cb,self.term = cb,term
+    def reset(self): pass
+    def accumulate(self, learn): pass
+    @property
+    def value(self): return self.cb.epoch_means.get(self.term)
+    @property
+    def name(self): return self.term
+
+# %% ../nbs/40_callbacks.ipynb #be568d64
+class GameCallback(MixCallback, BesideCallback):
+    "Play a `MinMax` game; base of `AutoMixCallback` and `AdAutoMixCallback`"
+    run_valid = True
+    def __init__(self, make, stage, gen_lr, p, start, stop, loss_mode, **game):
+        MixCallback.__init__(self, self.mix, p, start, stop, loss_mode)
+        self.make,self.stage,self.gen_lr,self.kwargs = make,stage,gen_lr,game
+        self.game,self.peak,self.means,self.epoch_means,self.sums = None,None,[],{},{}
+    def __getstate__(self): return super().__getstate__()|dict(game=None, sums={})   # an exported Learner predicts without the game
+    @property
+    def teacher(self): "The averaged network, usually the better one"; return self.game.teacher if self.game is not None else None
+    def beside(self): return self.teacher
+
+# %% ../nbs/40_callbacks.ipynb #cc9aee7e
+@patch
+def build(self:GameCallback):
+    "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` is none of them"
+    net,dl = bare(self.learn.model),self.dls.train
+    if (n := getattr(self, 'n_mix', 2)) and max(n if isinstance(n, (list, tuple)) else [n])>self.dls.bs:
+        raise ValueError(f'n_mix={n} is more than the {self.dls.bs} images of a batch: use larger batches or a smaller n_mix')
+    net.to(self.dls.device)
+    with _unnoticed(dl): x = dl.one_batch()[0][:2].as_subclass(Tensor)
+    gen = self.make(net, x, stage=self.stage)
+    self.game = MinMax(net, gen, gen_opt=torch.optim.Adam(gen.parameters(), self.gen_lr), loss_func=self.learn.loss_func, loss_mode=self.loss_mode, **self.kwargs)
+
+@patch
+def before_fit(self:GameCallback):
+    "Build the game if this is training, and put it where the model is"
+    MixCallback.before_fit(self)
+    BesideCallback.before_fit(self)
+    if self.game is None and self.learn.opt is not None: self.build()
+    if self.game is None: return
+    self.game.student,self.game.loss_func = bare(self.learn.model),self.learn.loss_func
+    if next(self.game.generator.parameters()).device!=self.dls.device: self.game.to(self.dls.device)
+    have = {m.term for m in self.learn.metrics if isinstance(m, TermMetric) and m.cb is self}
+    self.learn.metrics = self.learn.metrics + [TermMetric(self, k) for k in self.game.weights(3) if k not in have]
+
+# %% ../nbs/40_callbacks.ipynb #d7bcc68a
+@patch
+def before_train(self:GameCallback):
+    "Begin an epoch with clean sums; begin a fit with its schedules"
+    self.sums,self.count = {},0
+    self.game.gen_opt.zero_grad()   # an interrupted fit may have left some
+    if self.epoch>0 and self.peak: return
+    if self.epoch==0: self.game.n_steps = self.game.k+self.n_epoch*len(self.dls.train)
+    scheds = [cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in getattr(cb, 'scheds', {})]
+    self.peak = max([float(np.max(f(i/100))) for f in scheds for i in range(101)] or [self.opt.hypers[-1]['lr']])
+    if num_distrib()>1:
+        for t in [*self.game.generator.state_dict().values(), *self.game.teacher.state_dict().values()]: torch.distributed.broadcast(t, 0)
+
+@patch
+def before_batch(self:GameCallback):
+    "First half of a step of the game"
+    b = self.batch() if self.training else None
+    if b is None: return
+    for g in self.game.gen_opt.param_groups: g['lr'] = self.gen_lr*self.opt.hypers[-1]['lr']/max(self.peak, 1e-12)
+    with self.precision(): mixed = self.game.mix(self.encoded(b[0]), b[1])
+    self.terms = [(1., replace(mixed, x=self.pixels(mixed.x.detach())))]
+    self.show_model(mixed.x)
+
+@patch
+def after_pred(self:GameCallback):
+    if not self.training: BesideCallback.after_pred(self)
+
+@patch
+def after_loss(self:GameCallback):
+    "Second half: one total for the backward pass of both players"
+    if not (self.training and self.terms): return
+    res = self.game.loss(self.pred, self.yb[0].as_subclass(Tensor))
+    self.learn.loss_grad = res['total']
+    self.learn.loss = self.learn.loss_grad.clone()
+    res['mask_entropy'] = mask_entropy(self.mixed.mask)
+    for k,v in res.items(): self.sums.setdefault(k, []).append(v.detach())   # no `.item()`: it would wait for the device at every step
+
+# %% ../nbs/40_callbacks.ipynb #99e762aa
+@patch
+def after_step(self:GameCallback):
+    "The generator's step, with its gradient averaged over processes; then the teacher's"
+    if num_distrib()>1:
+        for p in self.game.generator.parameters():   # on every rank, whether or not this one mixed
+            if p.grad is None: p.grad = torch.zeros_like(p)
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= num_distrib()
+    self.game.gen_step(getattr(self.learn, 'scaler', None))
+    if not getattr(getattr(self.learn, 'mixed_precision', None), 'skipped', False): self.game.after_step()
+
+@patch
+def after_train(self:GameCallback):
+    self.epoch_means = {k: torch.stack(v).mean().item() for k,v in self.sums.items()}
+    self.means.append(self.epoch_means)
+
+# %% ../nbs/40_callbacks.ipynb #7040f556
+@patch
+def state(self:GameCallback): return {} if self.game is None else self.game.state_dict()|dict(means=self.means)
+
+@patch
+def load_state(self:GameCallback, state):
+    "Take over a saved game; `ValueError` if it was played by another generator; without one, start afresh"
+    if not state:
+        self.game,self.means = None,[]
+        return
+    if self.game is None: self.build()
+    try: self.game.load_state_dict(state)
+    except (RuntimeError, ValueError) as e: raise ValueError(f'the saved generator is not like this one ({str(e).splitlines()[-1].strip()}): use the stage and settings it was trained with') from e
+    self.means = list(state['means'])
+
+@patch
+def mix(self:GameCallback, x, y, model):
+    "What the generator makes of a batch now, for `show_mix`"
+    if self.game is None: self.build()
+    with torch.no_grad(): m = self.game.generator(self.encoded(x), y, self.game.teacher)
+    return [(1., replace(m, x=self.pixels(m.x)))]
+
+@patch
+def plot_game(self:GameCallback):
+    "Mean of every term in every epoch: the losses left, what only the generator feels right; returns the axes"
+    if not self.means: raise ValueError('nothing to plot yet: fit first')
+    _,axs = plt.subplots(1, 2, figsize=(7,2.4), dpi=72)
+    for ax,keys in zip(axs, (('amce','mce','ace'), ('amce_teacher','cosine','share','mask_entropy'))):
+        for k in keys:
+            if k in self.means[0]: ax.plot([m[k] for m in self.means], 'o-', ms=3, label=k)
+        ax.set_xlabel('epoch')
+        ax.legend(fontsize=8)
+    return axs
+
+# %% ../nbs/40_callbacks.ipynb #a831c072
+class AdAutoMixCallback(GameCallback):
+    "AdAutoMix (ICLR 2024, arXiv 2312.11954): a generator makes mixtures that are hard for the student and recognisable to its averaged teacher"
+    def __init__(self,
+        alpha:float=None,       # Weight of linear mixtures, the rest goes to clean images; None: .5, and 0 for pairs
+        beta:float=.3,          # Weight of the teacher's loss, the rest goes to the cosine
+        n_mix=3,                # Images in each mixture; several numbers, e.g. (2,3): drawn anew for each batch
+        objective:str='poster', # "poster": Eq. 4 as printed; "released": as the published code plays it
+        stage=-2,               # Stage whose features the generator sees: number or name; -2 is the last but one
+        gen_every:int=1,        # The generator has its turn at every so many steps
+        c:float=None,           # Strength of the reversal ("poster"); 1 is Eq. 4 as printed, None takes `beta`, with which masks follow the ratio
+        gen_lr:float=1e-2,      # Generator's highest learning rate (Adam); it follows the learner's schedule
+        ema:tuple=None,         # First and last momentum of the teacher; None: fitted to the length of training
+        bn:str='own',           # The teacher's batch norm: its "own" statistics, or the "student"'s
+        lam_plane:bool=True,    # Let the attention see the ratio
+        up:str='bilinear',      # Enlarge masks by "bilinear" (CNNs) or "nearest" (Swin, ConvNeXt)
+        p:float=1.,             # Probability that a batch is mixed
+        start:float=0.,         # Mix from this fraction of the fit ...
+        stop:float=1.,          # ... to this one
+        loss_mode:str=None,     # See `mixed_loss`
+    ):
+        if objective not in ('poster','released'): raise ValueError(f"objective {objective!r} unknown: use 'poster' or 'released'")
+        for k,v in dict(alpha=alpha, beta=beta).items():
+            if v is not None and not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: it shares a weight of 1 between two terms')
+        self.n_mix = n_mix
+        super().__init__(partial(AdAutoMixGenerator.for_model, n_mix=n_mix, lam_plane=lam_plane, up=up), stage, gen_lr, p, start, stop, loss_mode,
+                         alpha=alpha, beta=beta, objective=objective, gen_every=gen_every, c=beta if c is None else c, ema=ema, bn=bn)
+
+# %% ../nbs/40_callbacks.ipynb #0d98d62b
+class AutoMixCallback(GameCallback):
+    "AutoMix (ECCV 2022, arXiv 2103.13027): a generator of masks for pairs, trained to help and not to fight"
+    def __init__(self,
+        alpha:float=2.,         # Ratios are drawn from Beta(alpha,alpha)
+        stage=-2,               # Stage whose features the generator sees: number or name; -2 is the last but one
+        gen_lr:float=1e-2,      # Generator's highest learning rate (Adam); it follows the learner's schedule
+        ema:tuple=None,         # First and last momentum of the teacher; None: fitted to the length of training
+        bn:str='own',           # The teacher's batch norm: its "own" statistics, or the "student"'s
+        lam_plane:bool=True,    # Let the attention see the ratio
+        up:str='nearest',       # Enlarge masks by "nearest" as published, or "bilinear"
+        p:float=1.,             # Probability that a batch is mixed
+        start:float=0.,         # Mix from this fraction of the fit ...
+        stop:float=1.,          # ... to this one
+        loss_mode:str=None,     # See `mixed_loss`
+    ):
+        super().__init__(partial(AutoMixGenerator.for_model, alpha=alpha, lam_plane=lam_plane, up=up), stage, gen_lr, p, start, stop, loss_mode, objective='automix', ema=ema, bn=bn)

@@ -96,11 +96,11 @@ def _jpeg(x, c, rngs):
 _LIKE = dict(gaussian_noise=_gaussian, shot_noise=_shot, impulse_noise=_impulse, speckle_noise=_speckle, gaussian_blur=_blur, brightness=_brightness,
              contrast=_contrast, saturate=_saturate, pixelate=_pixelate, jpeg_compression=_jpeg)
 
-# %% ../nbs/51_corruption.ipynb #d287cb70
+# %% ../nbs/51_corruption.ipynb #6ba5ff63
 def _library():
     try: return importlib.import_module('imagecorruptions')
     except ImportError as e:
-        raise ImportError("source 'imagenet-c' needs the library imagecorruptions-imaug: pip install 'advmix[corruptions]', or use source='like'") from e
+        raise ImportError(f"source 'imagenet-c' needs the library imagecorruptions-imaug ({e}): pip install 'advmix[corruptions]', or use source='like'") from e
 
 # %% ../nbs/51_corruption.ipynb #1a75e624
 def _imagenet_c(x, name, severity, seed, first):

@@ -183,7 +183,7 @@ def _attack(net, x, y, stands, adv, threat, attack, bs, bar=lambda i: i):
         stands[i[hit]],adv[i[hit]] = False,z.cpu()[hit]
     return refused
 
-# %% ../nbs/50_evaluate.ipynb #d0f47fc6
+# %% ../nbs/50_evaluate.ipynb #8339c3f5
 def attacked(
     model:nn.Module,        # Pixels in, logits out
     x:Tensor,               # Images `(N,C,H,W)` in [0,1]
@@ -206,7 +206,8 @@ def attacked(
         stands = _stands(net, x, y, bs)
         bad = _attack(net, x, y, stands, adv, threat, f, bs, progress_bar if progress else lambda i: i)
     flags = [f'{bad} examples left the ball or the valid pixels and do not count: the attack is broken'] if bad else []
-    kw = dict(eps=threat.eps, norm=threat.norm, seed=seed) | (dict(steps=threat.steps, step=threat.step, restarts=threat.restarts) if f not in (fgsm,ATTACKS['noise']) else {})
+    kw = dict(eps=threat.eps, norm=threat.norm, seed=seed)
+    if f not in (fgsm, ATTACKS['noise']): kw |= dict(steps=threat.steps, step=threat.step, restarts=threat.restarts)
     return Verdict(name, stands, adv, time.perf_counter()-t, net.forwards, net.backwards, kw, flags)
 
 # %% ../nbs/50_evaluate.ipynb #a46cd687
@@ -330,15 +331,17 @@ def _stage(d, attack, k, alone):
         d['flags'].append(f'Square, which sees no gradients, brought accuracy down by another {helped:.1%}: the gradients may mislead the other attacks')
     d.update(attack=k+1, todo=None, pos=0)
 
-# %% ../nbs/50_evaluate.ipynb #8ce7a4fe
+# %% ../nbs/50_evaluate.ipynb #a521b6e6
 def _cascade(net, x, y, s, run, n_classes, bar, eps, norm, version, bs, seed):
     "Each attack in its turn on the images that stand, batch by batch; `s` can be saved and taken up again after every batch"
     d,dev,alone = s.d,_device(net, x),version=='individual'
     if d['attack']==0 and d['todo'] is None: d['clean'] = d['stands'].clone()
+    target = lambda: d['clean'] if alone else d['stands']   # on its own, each attack sees every image that was right
     try:
         for k,attack in list(enumerate(run))[d['attack']:]:
-            if d['todo'] is None: d.update(todo=(d['clean'] if alone else d['stands']).nonzero()[:,0], pos=0, before=d['stands'].double().mean().item(), left=d['clean'].clone(), cost=[0.,0,0])
-            bar.plan(len(d['todo'][d['pos']:])*_cost[attack]+sum(_cost[a] for a in run[k+1:])*int((d['clean'] if alone else d['stands']).sum()), attack)
+            if d['todo'] is None:
+                d.update(todo=target().nonzero()[:,0], pos=0, before=d['stands'].double().mean().item(), left=d['clean'].clone(), cost=[0.,0,0])
+            bar.plan(len(d['todo'][d['pos']:])*_cost[attack]+sum(_cost[a] for a in run[k+1:])*int(target().sum()), attack)
             while d['pos']<len(d['todo']):
                 _batch(net, x, y, d, attack, eps, norm, 'standard' if alone else version, seed, n_classes, dev, bs)
                 s.save()
@@ -467,18 +470,20 @@ def _zero_eps(c):
     other = (c.under('pgd', eps=0, steps=2)!=c.clean).sum().item()
     return moved+other==0, f'radius 0 moves {moved} pixels and changes {other} verdicts', 'the network keeps a state or is random'
 
-# %% ../nbs/50_evaluate.ipynb #375b363f
+# %% ../nbs/50_evaluate.ipynb #06c65c63
 def _gradients(c):
     z = c.x.to(c.dev).requires_grad_()
     with torch.enable_grad(): g = input_grad(F.cross_entropy(c.net(z), c.y.to(c.dev), reduction='sum'), z)
     n = (g.flatten(1).abs().amax(1)==0).sum().item()
-    return n==0, f'{n} of {len(z)} images have a zero gradient', 'attacks that follow gradients are blind there: a step without derivative, or a saturated softmax'
+    return n==0, f'{n} of {len(z)} images have a zero gradient', \
+        'attacks that follow gradients are blind there: a step without derivative, or a saturated softmax'
 
 def _order(c):
     f,p = c.under('fgsm'),c.under('pgd', steps=10)
-    return (p.sum()-f.sum()).item()<=c.tol, f'FGSM leaves {c.pct(f)}, PGD-10 {c.pct(p)}', 'one step does better than ten: the gradient points the wrong way once the image has moved'
+    return (p.sum()-f.sum()).item()<=c.tol, f'FGSM leaves {c.pct(f)}, PGD-10 {c.pct(p)}', \
+        'one step does better than ten: the gradient points the wrong way once the image has moved'
 
-# %% ../nbs/50_evaluate.ipynb #51bb56cf
+# %% ../nbs/50_evaluate.ipynb #acc5542c
 def _more_steps(c):
     a,b = c.under('pgd', steps=10),c.under('pgd', steps=50)
     return (b.sum()-a.sum()).item()<=c.tol, f'PGD-10 leaves {c.pct(a)}, PGD-50 {c.pct(b)}', 'more steps help the network: the attack gets lost'
@@ -487,7 +492,8 @@ def _large_eps(c):
     e = .5 if c.norm=='linf' else .5*math.sqrt(c.x[0].numel())   # now every image may become the same grey
     s = c.under('pgd', eps=e, steps=50) & c.under('margin', eps=e, steps=50)
     most = c.y.bincount().max().item()
-    return s.sum().item()<=most+c.tol, f'radius {e:.3g} leaves {c.pct(s)}, chance is {most/len(s):.0%}', 'every image can be turned into the same grey there, yet the attack fails: it cannot use the gradients'
+    return s.sum().item()<=most+c.tol, f'radius {e:.3g} leaves {c.pct(s)}, chance is {most/len(s):.0%}', \
+        'every image can be turned into the same grey there, yet the attack fails: it cannot use the gradients'
 
 # %% ../nbs/50_evaluate.ipynb #a0d665b5
 def _noise(c):
@@ -508,7 +514,7 @@ def _square(c):
     n = (w&~s).sum().item()
     return n<=c.tol, f'Square fools {n} of the {w.sum()} images that gradients did not', 'an attack that sees no gradients beats those that do: they are masked'
 
-# %% ../nbs/50_evaluate.ipynb #f8942a84
+# %% ../nbs/50_evaluate.ipynb #fddf651c
 def _losses(c):
     p,m = c.under('pgd', steps=50),c.under('margin', steps=50)
     return (p.sum()-m.sum()).item()<=max(c.tol, .1*len(p)), f'cross entropy leaves {c.pct(p)}, the margin {c.pct(m)}', \
@@ -520,7 +526,8 @@ def _transfer(c):
     t = Threat(eps=c.eps, norm=c.norm, steps=20)
     _attack(c.net, c.x, c.y, s, c.x.clone(), t, lambda net,a,b,t: pgd(c.surrogate, a, b, t, loss=margin_loss), c.bs)
     n = (w&~s).sum().item()
-    return n<=c.tol, f"a surrogate's examples fool {n} of the {w.sum()} images that gradients did not", 'examples made on another network beat those made on this one: its gradients are masked'
+    return n<=c.tol, f"a surrogate's examples fool {n} of the {w.sum()} images that gradients did not", \
+        'examples made on another network beat those made on this one: its gradients are masked'
 
 def _autoattack(c):
     if c.verdict is None: return None, 'no AutoAttack verdict given', ''
@@ -542,7 +549,7 @@ class Sanity:
     def suspicious(self): return [r['name'] for r in self.rows if r['verdict']=='suspicious']
     def __repr__(self): return '\n'.join(f"{r['name']:17} {r['verdict']:11} {r['says']}" for r in self.rows)
 
-# %% ../nbs/50_evaluate.ipynb #d429ccc9
+# %% ../nbs/50_evaluate.ipynb #b45d0365
 def sanity(
     model:nn.Module,     # Pixels in, logits out
     x:Tensor,            # Images `(N,C,H,W)` in [0,1]; a hundred tell enough
@@ -562,7 +569,9 @@ def sanity(
         c = _Case(net, x, y, eps, norm, seed, bs, queries, surrogate, verdict)
         for name,f in _battery.items():
             ok,says,meaning = f(c)
-            rows.append(dict(name=name, verdict='skipped' if ok is None else 'pass' if ok else 'suspicious', says=says if ok is not False else f'{says}: {meaning}'))
+            said = {None:'skipped', True:'pass', False:'suspicious'}[ok]
+            rows.append(dict(name=name, verdict=said, says=f'{says}: {meaning}' if said=='suspicious' else says))
     same = _same(before, _trace(model))
-    rows.append(dict(name='no trace', verdict='pass' if same else 'suspicious', says='flags, buffers and gradients are as before' if same else 'evaluating changed the network'))
+    rows.append(dict(name='no trace', verdict='pass', says='flags, buffers and gradients are as before') if same else
+                dict(name='no trace', verdict='suspicious', says='evaluating changed the network'))
     return Sanity(rows)

@@ -7,9 +7,10 @@ __all__ = ['METHODS', 'DEFAULTS', 'jobs', 'Config', 'CheckpointCallback', 'Run',
            'make_learner', 'run', 'plot_history', 'judge', 'variant', 'compare_runs', 'shown', 'summary', 'table',
            'plot_compare']
 
-# %% ../nbs/70_experiment.ipynb #333313b8
+# %% ../nbs/70_experiment.ipynb #81fc3fec
 import json, math, random, shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, torch
@@ -29,11 +30,14 @@ from .data import *
 from .models import *
 from .viz import *
 from .mix import *
+from .zoo import *
+from .manifold import *
 from .aom import *
 from .callbacks import *
 from .report import *
 
-# %% ../nbs/70_experiment.ipynb #073e33a9
+# %% ../nbs/70_experiment.ipynb #e37399c5
+def _zoo(name, c): return [MixCallback(name)]
 def _aom(c, **kw): return AOMCallback(alpha=c.alpha, eps=c.eps, step=c.step, steps=c.steps, **kw)
 METHODS = dict(
     vanilla    = lambda c: [],
@@ -44,11 +48,15 @@ METHODS = dict(
     cutmix_pgd = lambda c: [_aom(c, where='mix', mixer=CutMix(c.alpha, per_sample=True))],
     iat        = lambda c: [IATCallback(c.alpha, eps=c.eps, step=c.step, steps=c.steps)],
     aom        = lambda c: [_aom(c, where=c.where, ratio=c.ratio, label=c.label)],
+    automix    = lambda c: [AutoMixCallback()],
+    adautomix  = lambda c: [AdAutoMixCallback(beta=c.beta, n_mix=c.n_mix, objective=c.objective)],
+    manifold   = lambda c: [MixCallback(ManifoldMix())],
 )
+METHODS |= {name: partial(_zoo, name) for name in MIXES if name not in METHODS}
 
-# %% ../nbs/70_experiment.ipynb #ca559ab0
+# %% ../nbs/70_experiment.ipynb #32bd7921
 DEFAULTS = dict(
-    digits   = dict(arch='convnet', size=8, epochs=30, bs=64, lr=5e-3, eps=.15, steps=7),
+    digits   = dict(arch='convnet', size=8, epochs=30, bs=64, lr=1e-2, eps=.15, steps=7),
     cifar10  = dict(arch='preact_resnet18', size=32, epochs=30, bs=128, lr=5e-3, eps=8/255, steps=10),
     folder   = dict(arch='resnet18', size=64, epochs=20, bs=64, lr=2e-3, eps=8/255, steps=10),
 )
@@ -57,11 +65,11 @@ DEFAULTS['cifar100'] = DEFAULTS['cifar10']
 # %% ../nbs/70_experiment.ipynb #cf116ac1
 def jobs(suite): "The suite of that name, or the jobs that a comma-separated string lists"; return suite if suite in SUITES else suite.split(',')
 
-# %% ../nbs/70_experiment.ipynb #5b76cef8
+# %% ../nbs/70_experiment.ipynb #46945da5
 class Config:
     "All that decides the numbers of a run; open settings take the data set's default. `ValueError` lists what exists"
     def __init__(self,
-        method:str='aom',       # vanilla, mixup, cutmix, pgd, mix_pgd, cutmix_pgd, iat or aom
+        method:str='aom',       # vanilla, pgd, mix_pgd, cutmix_pgd, iat, aom, automix, adautomix, manifold, or a mix: mixup, cutmix, fmix, ...
         data:str='digits',      # digits, cifar10, cifar100, or a folder of images
         arch:str=None,          # Architecture, see `get_model`; default depends on the data, as do those below
         size:int=None,          # Side of the images in pixels
@@ -75,6 +83,9 @@ class Config:
         where:str='endpoints',  # aom: perturb endpoints, mix or shared
         ratio:str='kl',         # aom: ratio fixed, or climbing kl or ce
         label:str='ratio',      # aom: label by ratio, projection or distance
+        objective:str='poster', # adautomix: poster or released
+        beta:float=.3,          # adautomix: weight of the teacher's loss against the cosine
+        n_mix:int=3,            # adautomix: images in each mixture
         ema:bool=False,         # Average the weights too, and report both networks
         amp:str='no',           # Half precision on a GPU: no, fp16 or bf16
         seed:int=0,             # Seed of everything
@@ -237,7 +248,7 @@ def model(self:Run,
     "The trained network"
     return load_model(self.folder/('model_ema.safetensors' if ema else 'model.safetensors'))
 
-# %% ../nbs/70_experiment.ipynb #297fc902
+# %% ../nbs/70_experiment.ipynb #d2500ac9
 def make_learner(
     config:Config,  # What to train
     folder,         # Where checkpoints and history go
@@ -249,11 +260,12 @@ def make_learner(
     if device is not None: dls.to(torch.device(device))
     m,s  = data_stats(dls, 2000)
     spec = dict(arch=config.arch, n_classes=len(dls.vocab), c_in=len(m), size=config.size, mean=m, std=s)
-    cbs  = [*METHODS[config.method](config), *([EMACallback()] if config.ema else []), CheckpointCallback(folder)]
-    learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=folder, cbs=cbs)
+    cbs  = METHODS[config.method](config)
+    if config.ema and not any(isinstance(cb, BesideCallback) for cb in cbs): cbs.append(EMACallback())   # a learned mix has its average already
+    learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=folder, cbs=[*cbs, CheckpointCallback(folder)])
     return {'no': learn, 'fp16': learn.to_fp16, 'bf16': learn.to_bf16}[config.amp],spec
 
-# %% ../nbs/70_experiment.ipynb #676e005d
+# %% ../nbs/70_experiment.ipynb #f1780f93
 def run(
     config:Config,      # What to train and how to judge it
     out=None,           # Folder; None is `runs/<data>-<method>-<seed>`
@@ -267,7 +279,7 @@ def run(
     if r.finished: return r
     learn,spec = make_learner(config, r.folder, device)
     with nullcontext() if progress else learn.no_logging(), nullcontext() if progress else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
-    nets = dict(model=bare(learn.model), **({'model_ema': learn.ema.average.module} if config.ema else {}))
+    nets = dict(model=bare(learn.model), **{'model_ema': cb.beside() for cb in learn.cbs if isinstance(cb, BesideCallback)})
     for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', **spec)
     judge(r, nets, learn.dls, progress)
     (r.folder/'checkpoint.pth').unlink()

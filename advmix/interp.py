@@ -73,7 +73,7 @@ def segment(
     t = torch.linspace(0, 1, 41) if t is None else t
     with untouched(model): return torch.stack([model(torch.lerp(xa, xb, v.item())) for v in t])
 
-# %% ../nbs/60_interp.ipynb #5c9f3eef
+# %% ../nbs/60_interp.ipynb #c7d39c1d
 def segment_loss(
     model:nn.Module,  # Pixels in, logits out
     xa:Tensor,        # Where the walks begin, `(B,C,H,W)`
@@ -82,13 +82,13 @@ def segment_loss(
     yb:Tensor,        # Labels there
     t:Tensor=None,    # Positions; None: 41 of them
 )->Tensor:            # `(T,B)` in nats, at least 0
-    "How far the prediction at $x_t$ is from the mixed label: $\\mathrm{KL}\\big((1-t)y_a+t\\,y_b \\,\\|\\, f(x_t)\\big)$; `ValueError` if the ends differ in shape"
+    "How far the prediction at $x_t$ is from the mixed label: $\\mathrm{KL}\\big((1-t)y_a+t\\,y_b \\,\\|\\, f(x_t)\\big)$; `ValueError` if shapes differ"
     t = torch.linspace(0, 1, 41) if t is None else t
     logp = segment(model, xa, xb, t).log_softmax(2)
     q = torch.lerp(*[F.one_hot(y, logp.shape[2]).to(logp) for y in (ya,yb)], t.to(logp)[:,None,None])
     return F.kl_div(logp, q, reduction='none').sum(2)
 
-# %% ../nbs/60_interp.ipynb #93f71f56
+# %% ../nbs/60_interp.ipynb #f9356aa4
 def gradient_axes(
     model:nn.Module, # Pixels in, logits out
     xa:Tensor,       # Origin, one image `(C,H,W)`
@@ -101,7 +101,8 @@ def gradient_axes(
     with untouched(model), torch.enable_grad(): g = input_grad(F.cross_entropy(model(z), torch.as_tensor([int(ya)], device=z.device), reduction='sum'), z)[0]
     if not u.any(): raise ValueError('xa and xb are the same image: they span no segment')
     v = g - (g*u).sum()/(u*u).sum()*u
-    if not v.norm()>1e-12*u.norm(): raise ValueError('the gradient vanishes beside the segment: take it elsewhere with `at`, or check the model for saturated outputs')
+    if not v.norm()>1e-12*u.norm():
+        raise ValueError('the gradient vanishes beside the segment: take it elsewhere with `at`, or check the model for saturated outputs')
     return u,v*u.norm()/v.norm()
 
 # %% ../nbs/60_interp.ipynb #6f99874d
@@ -152,13 +153,13 @@ def plot_plane(
     axs[0,0].set_ylabel('r')
     return axs[0]
 
-# %% ../nbs/60_interp.ipynb #966891fd
+# %% ../nbs/60_interp.ipynb #75ce2091
 def show_mask_history(
     masks:list,   # Snapshots `(B,N,H,W)`, as in `Mixed.mask`
     steps=None,   # What to call them, e.g. epochs
     n:int=3,      # How many images to show
 ):                # The axes
-    "One row per image, one column per snapshot: the own image's share of each pixel; titles give mean share and entropy; `ValueError` if there is nothing to show"
+    "One row per image, one column per snapshot: the own image's share of each pixel; titles: mean share, entropy; `ValueError` if there are none"
     if not len(masks): raise ValueError('masks is empty: collect `mixed.mask` during training')
     steps,n = range(len(masks)) if steps is None else steps,min(n, len(masks[0]))
     def title(k, m):

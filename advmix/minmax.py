@@ -93,7 +93,7 @@ def _faults(g):
     yield 'ema', g.ema is not None and not all(0<=m<=1 for m in g.ema), 'give two momenta in [0,1], such as (0.999, 0.999999)'
     yield 'objective', g.objective=='automix' and g.generator.n_mix!=(2,), f'this one mixes pairs and the generator {g.generator.n_mix}; use AutoMixGenerator'
 
-# %% ../nbs/32_minmax.ipynb #d5653704
+# %% ../nbs/32_minmax.ipynb #8dc91ab3
 class MinMax:
     "The game between a classifier and a generator of mixtures, with an EMA teacher; `ValueError` for settings that cannot work"
     def __init__(self,
@@ -110,7 +110,7 @@ class MinMax:
         ema:tuple=None,             # First and last momentum of the teacher; None: `ema_range(n_steps)`
         gen_every:int=1,            # The generator has its turn at every so many steps
         lam_margin:float=None,      # Flat masks for the student if the ratio is this near to 0 or 1; None: 0.03 "released", 0.08 "automix"
-        bn:str='own',               # The teacher's batch norm: his "own" statistics in train mode, or the "student"'s in eval mode
+        bn:str='own',               # The teacher's batch norm: its "own" statistics in train mode, or the "student"'s in eval mode
         loss_mode:str=None,         # "items", "soft" or None (decide by the labels); see `mixed_loss`
     ):
         self.student,self.generator,self.opt,self.loss_func,self.loss_mode = student,generator,opt,loss_func,loss_mode
@@ -186,13 +186,13 @@ def share_loss(
     "AutoMix's mask loss, arXiv 2103.13027: how much further than `margin` the first image's share of the pixels is from its ratio"
     return ((mask[:,0].mean((1,2))-lam[:,0]).abs()-margin).clamp_min(0).mean()
 
-# %% ../nbs/32_minmax.ipynb #eadf2912
+# %% ../nbs/32_minmax.ipynb #2da29408
 @patch
 def teacher_terms(self:MinMax,
     y:Tensor,       # Labels of the unmixed batch
     w:dict,         # Weights; terms that aren't in it are not computed
 )->dict:
-    "The teacher on generated mixtures; his logits for the sources are those of `mix`, permuted"
+    "The teacher on generated mixtures; its logits for the sources are those of `mix`, permuted"
     p = self.batch.probe
     with keep_stats(self.teacher): pred = self.teacher(p.x)
     res = dict(amce_teacher=p.loss(self.loss_func, pred, y, self.loss_mode))
@@ -258,7 +258,7 @@ def mask_entropy(
     "Mean entropy of the shares of a pixel over its maximum log N: 1 if all images share every pixel equally, 0 if each pixel is of one image"
     return -torch.special.xlogy(mask, mask).sum(1).mean()/math.log(mask.shape[1])
 
-# %% ../nbs/32_minmax.ipynb #fbd2407c
+# %% ../nbs/32_minmax.ipynb #37c85e2d
 @patch
 def state_dict(self:MinMax)->dict:
     "Everything of the game but the student and its optimiser: tensors and numbers"
@@ -269,7 +269,7 @@ def load_state_dict(self:MinMax,
     state:dict,     # From `state_dict`
 ):
     "Go on where another game stopped, the parity of the step included"
-    for k in ('generator','teacher','gen_opt'): getattr(self, k).load_state_dict(state[k])
+    for k in ('generator','teacher','gen_opt'): getattr(self, k).load_state_dict(copy.deepcopy(state[k]))   # an optimiser would share the tensors
     self.k,self.n_steps = state['k'],state['n_steps']
 
 # %% ../nbs/32_minmax.ipynb #727f0dc7

@@ -57,12 +57,12 @@ def on_pixels(
     net.training = model.training   # a new Sequential says train, whatever is in it
     return net
 
-# %% ../nbs/02_models.ipynb #a78b867c
+# %% ../nbs/02_models.ipynb #c193c0ce
 def convnet(
     n_classes:int=10,         # Classes
     c_in:int=1,               # Channels of the images
     size:int=8,               # Side of the images in pixels
-    widths:tuple=(32,64,64),  # Channels of each stage
+    widths:tuple=(16,32,32),  # Channels of each stage
 )->nn.Sequential:
     "Two 3×3 convolutions per stage; a stage after the first halves the map unless fewer than 4 pixels a side would remain"
     net,side,ni = OrderedDict(),size,c_in

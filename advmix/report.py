@@ -8,7 +8,7 @@ __all__ = ['JOBS', 'SUITES', 'wilson', 'Report', 'Subject', 'job_clean', 'job_fg
            'job_occlusions', 'job_occlusion', 'job_calibration', 'robust_report', 'paired', 'unpaired', 'Comparison',
            'compare_reports']
 
-# %% ../nbs/54_report.ipynb #f680e44c
+# %% ../nbs/54_report.ipynb #bc9f6374
 import hashlib, json, os, platform, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -20,6 +20,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model as bare_model
 from fastcore.basics import patch
 from fastprogress.fastprogress import master_bar
+from .core import *
 from .attack import *
 from .data import *
 from .models import *
@@ -188,12 +189,13 @@ SUITES = dict(
     standard = _own+['autoattack','curve']+_shift,
     full     = _own+['pgd100','autoattack','curve','sanity','corruptions','occlusions','calibration'])
 
-# %% ../nbs/54_report.ipynb #16244a98
+# %% ../nbs/54_report.ipynb #76d46183
 def _suite(suite, norm):
     "Name and function of each job; `ValueError` for an unknown suite or job"
     if isinstance(suite, str) and suite not in SUITES: raise ValueError(f'suite {suite!r} unknown: use {", ".join(SUITES)}, or a list of jobs')
     jobs = SUITES[suite] if isinstance(suite, str) else suite
-    if bad := [j for j in jobs if not callable(j) and j not in JOBS]: raise ValueError(f'job {bad[0]!r} unknown: use {", ".join(JOBS)}, or a function of a Subject')
+    if bad := [j for j in jobs if not callable(j) and j not in JOBS]:
+        raise ValueError(f'job {bad[0]!r} unknown: use {", ".join(JOBS)}, or a function of a Subject')
     if norm=='l1': jobs = [j for j in jobs if j not in ('fgsm','pgd20','cw20','pgd100','curve','sanity')]   # only AutoAttack knows that ball
     return [(getattr(j, '__name__', 'job'), j) if callable(j) else (j, JOBS[j]) for j in jobs]
 
@@ -228,11 +230,12 @@ class _Budget:
     def __enter__(self): self.hook = self.model.register_forward_pre_hook(self.check)
     def __exit__(self, *_): self.hook.remove()
 
-# %% ../nbs/54_report.ipynb #2b06bf96
+# %% ../nbs/54_report.ipynb #3b596419
 def _environment(model):
     dev = next((p.device for p in model.parameters()), torch.device('cpu'))
     vers = {k: metadata.version(k) for k in ('torch','fastai','pyautoattack','advmix') if _installed(k)}
-    return dict(device=torch.cuda.get_device_name(dev) if dev.type=='cuda' else dev.type, threads=torch.get_num_threads(), python=platform.python_version(), system=platform.system(), **vers)
+    return dict(device=torch.cuda.get_device_name(dev) if dev.type=='cuda' else dev.type, threads=torch.get_num_threads(),
+                python=platform.python_version(), system=platform.system(), **vers)
 
 def _installed(k):
     try: return bool(metadata.version(k))
@@ -240,7 +243,7 @@ def _installed(k):
 
 def _fingerprint(x, y): return hashlib.sha256(x.contiguous().numpy().tobytes()+y.contiguous().numpy().tobytes()).hexdigest()[:16]
 
-# %% ../nbs/54_report.ipynb #3ea529f9
+# %% ../nbs/54_report.ipynb #a029581a
 def robust_report(
     model,              # A fastai `Learner`, or a network that takes pixels
     data=None,          # `(x, y)`, a loader or `DataLoaders`; None: the test set of the Learner, or its validation set
@@ -258,11 +261,12 @@ def robust_report(
     "Run a suite of measurements; Ctrl-C keeps the finished rows and names the others in `missing`; `ValueError` says what is wrong with the input"
     jobs = _suite(suite, norm)
     s = _subject(model, data, n, eps=eps, norm=norm, seed=seed, bs=bs, state=state)
-    report = Report(dict(eps=eps, norm=norm, suite=suite if isinstance(suite, str) else [k for k,_ in jobs], n=len(s.x), seed=seed, bs=bs, data=_fingerprint(s.x, s.y)),
+    named = suite if isinstance(suite, str) else [k for k,_ in jobs]
+    report = Report(dict(eps=eps, norm=norm, suite=named, n=len(s.x), seed=seed, bs=bs, data=_fingerprint(s.x, s.y)),
                     environment=_environment(s.model), missing=[k for k,_ in jobs])
     bar = master_bar(jobs) if progress else jobs
     s.progress = bar if progress else False
-    with _Budget(s.model, budget) as _:
+    with untouched(s.model), _Budget(s.model, budget):
         try:
             for k,job in bar:
                 if progress: bar.main_bar.comment = k
@@ -273,7 +277,7 @@ def robust_report(
     if out: report.to_json(out)
     return report
 
-# %% ../nbs/54_report.ipynb #ee13fbf7
+# %% ../nbs/54_report.ipynb #0c02116e
 def _errorbars(rows):
     "Lengths below and above each accuracy, as matplotlib wants them"
     ends = [(r['accuracy'], *_interval(r)) for r in rows]
@@ -285,7 +289,8 @@ def plot(self:Report):
     two = self.curve is not None
     _,axs = plt.subplots(1, 1+two, figsize=(4.2*(1+two), .7+.22*max(len(self.rows),8)), dpi=72, squeeze=False)
     ax,rows = axs[0,0],[r for r in self.rows[::-1] if 'ece' not in r]
-    ax.barh([r['name'] for r in rows], [r['accuracy'] for r in rows], xerr=_errorbars(rows), color=['.7' if r['name']=='clean' else 'C0' for r in rows], error_kw=dict(lw=1, capsize=2))
+    ax.barh([r['name'] for r in rows], [r['accuracy'] for r in rows], xerr=_errorbars(rows),
+            color=['.7' if r['name']=='clean' else 'C0' for r in rows], error_kw=dict(lw=1, capsize=2))
     ax.set(xlim=(0,1), xlabel='accuracy')
     if two:
         axs[0,1].plot(self.curve['eps'], self.curve['accuracy'], 'o-', ms=3)
@@ -320,7 +325,7 @@ def unpaired(
     (l1,u1),(l2,u2) = wilson(k1, n1, level),wilson(k2, n2, level)
     return q-p, q-p-((q-l2)**2+(u1-p)**2)**.5, q-p+((u2-q)**2+(p-l1)**2)**.5
 
-# %% ../nbs/54_report.ipynb #ef38759c
+# %% ../nbs/54_report.ipynb #d13366af
 @dataclass(repr=False)
 class Comparison:
     "Rows of several reports side by side, each with its difference from the first"
@@ -329,7 +334,8 @@ class Comparison:
     def __repr__(self):
         w,v = max(len(r['name']) for r in self.rows),max(len(n) for n in self.names)
         return '\n'.join(f"{r['name']:{w}}  {r['report']:{v}}  {r['accuracy']:6.1%} of {r['n']}"
-                         +(f"  {r['diff']:+7.1%}" if 'diff' in r else '')+(f" [{r['lo']:+.1%}, {r['hi']:+.1%}] {r['how']}" if 'lo' in r else '') for r in self.rows)
+                         +(f"  {r['diff']:+7.1%}" if 'diff' in r else '')
+                         +(f" [{r['lo']:+.1%}, {r['hi']:+.1%}] {r['how']}" if 'lo' in r else '') for r in self.rows)
     def show(self): print(self)
     def plot(self):
         "One group of bars per row; returns the axes"
@@ -354,7 +360,7 @@ def _compare_row(first, r, same):
     else: d,how = unpaired(count(first), first['n'], count(r), r['n']),'unpaired'
     return dict(zip(('diff','lo','hi'), d), how=how)
 
-# %% ../nbs/54_report.ipynb #f4b35231
+# %% ../nbs/54_report.ipynb #8e05bb14
 def compare_reports(
     reports, # Reports or paths of their JSON: a dict of name to report, or a list
 )->Comparison:
@@ -363,12 +369,14 @@ def compare_reports(
     reports = {k: r if isinstance(r, Report) else Report.from_json(r) for k,r in reports.items()}
     if len(reports)<2: raise ValueError('a comparison needs at least two reports')
     for key in ('eps','norm'):
-        if len(vals := {r.config.get(key) for r in reports.values()})>1: raise ValueError(f'the reports differ in {key} ({", ".join(map(str, vals))}): compare attacks of the same radius and norm only')
+        if len(vals := {r.config.get(key) for r in reports.values()})>1:
+            raise ValueError(f'the reports differ in {key} ({", ".join(map(str, vals))}): compare attacks of the same radius and norm only')
     names,base,rows = list(reports),next(iter(reports.values())),[]
     for key in dict.fromkeys(r['name'] for rep in reports.values() for r in rep.rows if r.get('n')):
         first = next((r for r in base.rows if r['name']==key), None)
         for n,rep in reports.items():
             for r in [r for r in rep.rows if r['name']==key]:
                 same = rep.config.get('data') and rep.config.get('data')==base.config.get('data')
-                rows.append(dict(name=key, report=n, accuracy=r['accuracy'], n=r['n'], share=r.get('share', True)) | (_compare_row(first, r, same) if first and rep is not base else {}))
+                row = dict(name=key, report=n, accuracy=r['accuracy'], n=r['n'], share=r.get('share', True))
+                rows.append(row | (_compare_row(first, r, same) if first and rep is not base else {}))
     return Comparison(rows, names)

@@ -11,6 +11,10 @@ from advmix.labels import geometric_weight
 from advmix.mix import CutMix, Mixed, MixUp, compose, rand_pairs
 from advmix.ratio import ratio_pgd, TrustRegion
 
+def named(kw):
+    "Settings as a test id without object addresses, which differ between processes"
+    return ",".join(f"{k}={v if isinstance(v, (str, int, float)) else type(v).__name__}" for k,v in kw.items()) or "default"
+
 WHERE = 'endpoints', 'mix', 'shared'
 BIG = dict(eps=.15, step=.04)
 
@@ -269,7 +273,7 @@ def noted(fail=None):
     return f
 
 @pytest.mark.parametrize('fail', (None, 3))
-@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='kl', label='distance'), dict(bn='as_is'), dict(mixer=CutMix())], ids=str)
+@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='kl', label='distance'), dict(bn='as_is'), dict(mixer=CutMix())], ids=named)
 def test_no_trace(kw, fail):
     f,(x,y) = noted(fail),batch()
     state = {k:v.clone() for k,v in f.state_dict().items()}
@@ -350,7 +354,7 @@ def test_any_loss():
 
 # ---- cost
 
-@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='ce'), dict(ratio='kl', label='distance'), dict(mixer=CutMix())], ids=str)
+@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='ce'), dict(ratio='kl', label='distance'), dict(mixer=CutMix())], ids=named)
 @pytest.mark.parametrize('K', (0, 1, 7))
 def test_k_forwards(kw, K):
     f,(x,y) = noted(),batch()

@@ -61,7 +61,8 @@ def test_targeted_equals_foolbox(digits):
     fb = pytest.importorskip('foolbox')
     m,x,y = digits
     to = (y+1)%10
-    ref = fb.attacks.LinfPGD(abs_stepsize=.05, steps=10, random_start=False)(fb.PyTorchModel(m, bounds=(0,1)), x, fb.criteria.TargetedMisclassification(to), epsilons=.2)[0]
+    other = fb.attacks.LinfPGD(abs_stepsize=.05, steps=10, random_start=False)
+    ref = other(fb.PyTorchModel(m, bounds=(0,1)), x, fb.criteria.TargetedMisclassification(to), epsilons=.2)[0]
     z = pgd(m, x, to, Threat(eps=.2, step=.05, random_start=False), targeted=True)
     assert torch.equal(z, ref) and acc(m, z, to)>acc(m, x, to)
 
@@ -129,7 +130,8 @@ def test_ascend_has_length_step_and_survives_a_zero_gradient():
     assert torch.allclose(z.abs(), torch.where(g==0, 0., .3), atol=1e-6)
 
 @settings(max_examples=20, deadline=None)
-@given(eps=st.floats(0, 1), step=st.floats(0, 1), steps=st.integers(0, 4), norm=st.sampled_from(['linf','l2']), early=st.booleans(), restarts=st.integers(1, 3), b=st.integers(1, 5))
+@given(eps=st.floats(0, 1), step=st.floats(0, 1), steps=st.integers(0, 4), norm=st.sampled_from(['linf','l2']),
+       early=st.booleans(), restarts=st.integers(1, 3), b=st.integers(1, 5))
 def test_every_attack_stays_in_the_ball_and_in_the_pixels(eps, step, steps, norm, early, restarts, b):
     (x,y),m = batch(b),net()
     z = pgd(m, x, y, Threat(eps=eps, step=step, steps=steps, norm=norm, restarts=restarts), early_stop=early)
@@ -255,8 +257,10 @@ def test_half_keeps_the_sign_of_tiny_gradients():
 
 # --- wrong input: one sentence ---
 
-@pytest.mark.parametrize('kw,word', [(dict(eps=8), '8/255'), (dict(eps=-.1), 'negative'), (dict(eps=math.nan), 'finite'), (dict(eps='1'), 'finite'), (dict(step=-1), 'step'),
-    (dict(steps=1.5), 'whole'), (dict(steps=-1), 'whole'), (dict(norm='l7'), 'linf'), (dict(restarts=0), 'restarts'), (dict(restarts=2, random_start=False), 'same'),
+@pytest.mark.parametrize('kw,word', [(dict(eps=8), '8/255'), (dict(eps=-.1), 'negative'), (dict(eps=math.nan), 'finite'), (dict(eps='1'), 'finite'),
+    (dict(step=-1), 'step'),
+    (dict(steps=1.5), 'whole'), (dict(steps=-1), 'whole'), (dict(norm='l7'), 'linf'), (dict(restarts=0), 'restarts'),
+    (dict(restarts=2, random_start=False), 'same'),
     (dict(bounds=(1,0)), 'bounds')])
 def test_impossible_threats_are_refused(kw, word):
     with pytest.raises(ValueError, match=word) as e: Threat(**kw)

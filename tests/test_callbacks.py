@@ -35,7 +35,8 @@ def quiet(learn, n=1, lr=1e-3, cbs=None, method='fit', **kw):
 def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 CBS = dict(mixup=lambda: MixCallback(MixUp()), cutmix=lambda: MixCallback(CutMix(per_sample=True)), pgd=lambda: PGDCallback(eps=.1, steps=2),
-           aom=lambda: AOMCallback(eps=.1, steps=2, ratio='kl'), aom_cutmix=lambda: AOMCallback(eps=.1, steps=2, mixer=CutMix()), iat=lambda: IATCallback(eps=.1, steps=2), ema=lambda: EMACallback())
+           aom=lambda: AOMCallback(eps=.1, steps=2, ratio='kl'), aom_cutmix=lambda: AOMCallback(eps=.1, steps=2, mixer=CutMix()), iat=lambda: IATCallback(eps=.1, steps=2), ema=lambda: EMACallback(),
+           automix=lambda: AutoMixCallback(), adautomix=lambda: AdAutoMixCallback(), released=lambda: AdAutoMixCallback(objective='released'))
 
 @pytest.mark.parametrize('cb', CBS)
 def test_interrupted_anywhere_the_learner_still_works(dls, cb):
@@ -57,7 +58,8 @@ def test_interrupted_anywhere_the_learner_still_works(dls, cb):
 def test_validation_and_predictions_are_untouched(dls, cb):
     learn = quiet(learner(dls, CBS[cb]()))
     plain = Learner(dls, learn.model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
-    assert learn.validate()==plain.validate()
+    a,b = learn.validate(),plain.validate()
+    assert a[:len(b)]==b
     assert torch.equal(learn.get_preds()[0], plain.get_preds()[0])
 
 @pytest.mark.parametrize('cb', CBS)
@@ -79,7 +81,7 @@ def test_batches_of_one_and_odd_last_batches_train(cb, bs):
 LOSSES = dict(flat=CrossEntropyLossFlat(), ce=nn.CrossEntropyLoss(), functional=F.cross_entropy, smooth=LabelSmoothingCrossEntropyFlat(), focal=FocalLossFlat(),
               weighted=nn.CrossEntropyLoss(weight=torch.linspace(1,5,10)), torch_smooth=nn.CrossEntropyLoss(label_smoothing=.1), margin=nn.MultiMarginLoss())
 
-@pytest.mark.parametrize('cb', ['mixup', 'pgd', 'iat'])
+@pytest.mark.parametrize('cb', ['mixup', 'pgd', 'iat', 'adautomix'])
 @pytest.mark.parametrize('loss', LOSSES)
 def test_any_loss(dls, loss, cb): assert torch.isfinite(weights(quiet(learner(dls, CBS[cb](), loss=LOSSES[loss])))).all()
 
@@ -206,7 +208,7 @@ def test_ema_is_the_closed_form(dls):
         order,run_valid = 6,False
         def before_fit(self): self.ws = []
         def after_step(self): self.ws.append(weights(self.learn).double())
-    learn = quiet(learner(dls, EMACallback(.9, warmup=False), Trace()), 2)
+    learn = quiet(learner(dls, EMACallback(.9), Trace()), 2)
     avg = learn.trace.ws[0]
     for w in learn.trace.ws[1:]: avg = .9*avg+.1*w
     got = torch.cat([p.flatten() for p in learn.ema.average.module.parameters()])
@@ -251,7 +253,7 @@ def test_best_model_comes_back_with_its_average(dls, tmp_path):
     quiet(learn, 3)
     assert all(torch.equal(a, b) for a,b in zip(learn.best.kept.values(), learn.ema.average.state_dict().values()))
 
-@pytest.mark.parametrize('cb', ['mixup', 'aom', 'ema'])
+@pytest.mark.parametrize('cb', ['mixup', 'aom', 'ema', 'adautomix'])
 def test_export_and_predict(dls, cb, tmp_path):
     d = digits_dls(bs=64)
     learn = learner(d, CBS[cb](), path=tmp_path)
@@ -299,14 +301,17 @@ def test_two_processes_agree_and_draw_differently(tmp_path):
         class Lams(Callback):
             order,run_valid = 6,False
             def before_fit(self): self.lams = []
-            def after_loss(self): self.lams.append(self.learn.cbs.filter(lambda c: isinstance(c, MixCallback))[0].mixed.w[0,0].item())
+            def after_loss(self):
+                m = self.learn.cbs.filter(lambda c: isinstance(c, MixCallback))[0].mixed
+                self.lams.append(None if m is None else m.w[0,0].item())
         res = {}
-        for name,cb in dict(mix=MixCallback(MixUp()), iat=IATCallback(eps=.1, steps=1)).items():
-            set_seed(0, reproducible=True)
-            learn = Learner(digits_dls(bs=64), get_model('convnet', 10, c_in=1, size=8), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[cb, EMACallback(), Lams()])
+        for name,cbs in dict(mix=[MixCallback(MixUp()), EMACallback()], game=[AdAutoMixCallback(p=.7)]).items():
+            set_seed(rank_distrib())   # different beginnings must not matter
+            learn = Learner(digits_dls(bs=64), get_model('convnet', 10, c_in=1, size=8), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[*cbs, Lams()])
             with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
             flat = lambda m: torch.cat([p.detach().flatten() for p in m.parameters()])
-            res[name] = dict(w=flat(learn.model), ema=flat(learn.ema.average.module), lams=learn.lams.lams)
+            game = getattr(learn, 'ad_auto_mix', None)
+            res[name] = dict(w=flat(learn.model), ema=flat(game.teacher if game else learn.ema.average.module), gen=flat(game.game.generator) if game else torch.zeros(1), lams=learn.lams.lams)
         torch.save(res, sys.argv[1]+f'/rank{rank_distrib()}.pt')
     '''))
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29577', str(script), str(tmp_path)], capture_output=True, text=True,
@@ -314,5 +319,107 @@ def test_two_processes_agree_and_draw_differently(tmp_path):
     assert r.returncode==0, r.stderr[-4000:]
     a,b = (torch.load(tmp_path/f'rank{i}.pt') for i in (0,1))
     for k in a:
-        assert torch.equal(a[k]['w'], b[k]['w']) and torch.equal(a[k]['ema'], b[k]['ema'])
+        for t in ('w','ema','gen'): assert torch.equal(a[k][t], b[k][t]), (k, t)
         assert a[k]['lams']!=b[k]['lams']
+
+# the game
+
+def game(learn): return learn.cbs.filter(lambda c: isinstance(c, GameCallback))[0].game
+def flat(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
+
+@pytest.mark.parametrize('cb', ['automix','adautomix','released'])
+def test_both_players_and_the_teacher_move(dls, cb):
+    learn = learner(dls, CBS[cb]())
+    w = weights(learn)
+    quiet(learn, lr=0.)   # builds the game; nobody learns at rate 0
+    g,t = flat(game(learn).generator),flat(game(learn).teacher)
+    assert torch.equal(w, weights(learn)) and torch.equal(t, w)
+    quiet(learn, 2)
+    assert not torch.equal(g, flat(game(learn).generator)) and not torch.equal(t, flat(game(learn).teacher)) and not torch.equal(w, weights(learn))
+    assert not torch.equal(flat(game(learn).teacher), weights(learn))
+    assert all(torch.isfinite(t).all() for t in (weights(learn), flat(game(learn).teacher), flat(game(learn).generator)))
+
+def test_the_loop_plays_what_minmax_plays():
+    "fastai's loop with the callback, and MinMax.step by hand, from the same state over the same batches: the same weights"
+    from advmix.generator import AdAutoMixGenerator
+    from advmix.minmax import MinMax
+    d = digits_dls(bs=32)
+    x,y = d.train.one_batch()
+    one = tensor_dls(x, y, x[:4], y[:4], x[:4], y[:4], bs=32, vocab=range(10))
+    class Start(Callback):
+        order,run_valid = 4,False
+        def before_batch(self):
+            "After the game was built: keep a copy of everybody, then fix the draws"
+            self.copies = copy.deepcopy(self.learn.model),copy.deepcopy(self.learn.ad_auto_mix.game.generator),*(t.as_subclass(torch.Tensor) for t in (self.x, self.y))
+            torch.manual_seed(5)
+    learn = learner(one, AdAutoMixCallback(), Start(), opt_func=lambda ps, lr, **kw: SGD(ps, lr=lr))
+    quiet(learn, lr=.1)
+    net,gen,x,y = learn.start.copies
+    net.train()
+    g = MinMax(net, gen, opt=torch.optim.SGD(net.parameters(), .1, weight_decay=0), gen_opt=torch.optim.Adam(gen.parameters(), 1e-2), c=.3, n_steps=1)
+    torch.manual_seed(5)
+    g.step(x, y)
+    assert torch.allclose(flat(net), weights(learn), atol=1e-6) and torch.allclose(flat(gen), flat(game(learn).generator), atol=1e-6)
+
+@pytest.mark.parametrize('cb', ['automix','adautomix','released'])
+def test_game_saved_loaded_and_plain_files(dls, cb, tmp_path):
+    learn = quiet(learner(dls, CBS[cb](), path=tmp_path), 2)
+    learn.save('g')
+    new = learner(dls, CBS[cb](), path=tmp_path, seed=1).load('g')
+    for a,b in zip((game(learn).generator, game(learn).teacher), (game(new).generator, game(new).teacher)): assert torch.equal(flat(a), flat(b))
+    assert game(new).k==game(learn).k
+    plain = learner(dls, path=tmp_path)
+    plain.load('g', strict=False)
+    plain.save('c')
+    assert game(new.load('c')) is None and torch.equal(weights(new), weights(learn))
+
+def test_a_different_generator_is_refused(dls, tmp_path):
+    quiet(learner(dls, CBS['adautomix'](), path=tmp_path)).save('g')
+    for cb in (AdAutoMixCallback(stage=0), AdAutoMixCallback(lam_plane=False)):
+        with pytest.raises(ValueError, match='saved generator'): learner(dls, cb, path=tmp_path).load('g')
+
+def test_lr_find_rolls_the_game_back(dls, tmp_path):
+    learn = quiet(learner(dls, CBS['released'](), path=tmp_path))
+    keep = [flat(game(learn).generator), flat(game(learn).teacher), game(learn).k]
+    for _ in range(2):
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=6, show_plot=False)
+    assert torch.equal(keep[0], flat(game(learn).generator)) and torch.equal(keep[1], flat(game(learn).teacher)) and keep[2]==game(learn).k
+
+@pytest.mark.parametrize('kw,says', [(dict(alpha=2), r'outside \[0,1\]'), (dict(beta=-.1), r'outside \[0,1\]'), (dict(objective='paper'), 'poster'), (dict(stage=9), 'stage 9 not found.*stage1'),
+                                     (dict(stage='conv7'), "'conv7' not found"), (dict(n_mix=17), 'more than the 16 images'), (dict(n_mix=1), 'two images'), (dict(gen_every=0), 'gen_every')])
+def test_bad_game_settings_fail_before_training(dls, kw, says):
+    class Never(Callback):
+        order = 4
+        def before_train(self): raise AssertionError('training began')
+    with pytest.raises(ValueError, match=says): quiet(learner(dls, AdAutoMixCallback(**kw), Never()))
+
+def test_a_model_without_a_map_is_refused(dls):
+    with pytest.raises(ValueError): quiet(learner(dls, AdAutoMixCallback(), model=nn.Sequential(nn.Flatten(), nn.Linear(64,10))))
+
+def test_columns_and_plot(dls):
+    learn = quiet(learner(dls, CBS['adautomix']()), 2)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','accuracy_ema','amce','mce','ace','amce_teacher','cosine','time']
+    assert all(v is not None for v in learn.recorder.values[-1]) and len(learn.ad_auto_mix.plot_game())==2
+    assert learn.validate()[1]==Learner(dls, game(learn).teacher, loss_func=CrossEntropyLossFlat(), metrics=accuracy).validate()[1] or learn.validate()[2]>=0
+
+def test_the_game_in_company(dls, tmp_path):
+    learn = learner(dls, CBS['adautomix'](), GradientAccumulation(32), GradientClip(1.), SaveModelCallback(), CSVLogger(), path=tmp_path, model_dir='.')
+    quiet(learn, 2, 1e-3, method='fit_one_cycle')
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, freeze_epochs=1)
+    quiet(learn.to_fp16())
+    quiet(learn.to_bf16())
+    assert torch.isfinite(weights(learn)).all()
+
+def test_gradient_accumulation_withholds_the_generators_step(dls):
+    learn = learner(dls, CBS['adautomix'](), GradientAccumulation(64))
+    quiet(learn)
+    n = len(dls.train)
+    assert game(learn).k==n*16//64
+
+def test_normalised_loaders_show_pixels():
+    dls = tensors()
+    dls.add_tfms([Normalize.from_stats([.3], [.2], cuda=False)], 'after_batch')
+    learn = quiet(learner(dls, CBS['adautomix']()))
+    m = learn.ad_auto_mix.mixed
+    assert m.x.min()>=-1e-5 and m.x.max()<=1+1e-5
+    learn.show_mix(2)

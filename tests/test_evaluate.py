@@ -202,9 +202,11 @@ def test_half_double_channels_last_and_int32(plain, test):
     with torch.no_grad(): assert same(plain)
     with torch.inference_mode(): assert same(plain, x=x.clone())
 
-@pytest.mark.parametrize('f', [lambda m,x,y: clean(m, x, y), lambda m,x,y: attacked(m, x, y), lambda m,x,y: autoattack(m, x, y, **quiet), lambda m,x,y: sanity(m, x, y), lambda m,x,y: eps_curve(m, x, y)])
-@pytest.mark.parametrize('bad,word', [(lambda m,x,y: (m, (x-.5)/.2, y), 'on_pixels'), (lambda m,x,y: (m, (x*255).byte(), y), '255'), (lambda m,x,y: (m, x/0*0, y), 'NaN'),
-    (lambda m,x,y: (nn.Sequential(m, nn.Softmax(1)), x, y), 'softmax'), (lambda m,x,y: (m, x, y+1), 'outside 0..9'), (lambda m,x,y: (m, x, y[:-1]), 'same number'), (lambda m,x,y: (m, x[:0], y[:0]), 'at least one'),
+@pytest.mark.parametrize('f', [lambda m,x,y: clean(m, x, y), lambda m,x,y: attacked(m, x, y), lambda m,x,y: autoattack(m, x, y, **quiet),
+                               lambda m,x,y: sanity(m, x, y), lambda m,x,y: eps_curve(m, x, y)])
+@pytest.mark.parametrize('bad,word', [(lambda m,x,y: (m, (x-.5)/.2, y), 'on_pixels'), (lambda m,x,y: (m, (x*255).byte(), y), '255'),
+    (lambda m,x,y: (m, x/0*0, y), 'NaN'), (lambda m,x,y: (nn.Sequential(m, nn.Softmax(1)), x, y), 'softmax'), (lambda m,x,y: (m, x, y+1), 'outside 0..9'),
+    (lambda m,x,y: (m, x, y[:-1]), 'same number'), (lambda m,x,y: (m, x[:0], y[:0]), 'at least one'),
     (lambda m,x,y: (nn.Sequential(m, nn.Unflatten(1,(2,5))), x, y), 'logits'), (lambda m,x,y: (m, x, F.one_hot(y,10).float()), 'class numbers'),
     (lambda m,x,y: (nn.Sequential(m, nn.Threshold(1e9, math.nan)), x, y), 'NaN')])
 def test_bad_input_gets_one_sentence(f, bad, word, plain, test):
@@ -284,7 +286,8 @@ def test_honest_networks_pass(plain, robust, test):
         assert s.ok, s
         assert all(r['verdict']=='pass' for r in s.rows), s
 
-@pytest.mark.parametrize('defence,symptoms', [(Blind, {'gradients','large eps','noise','transfer'}), (Scaled, {'gradients','two losses'}), (Shifted, {'deterministic'})])
+@pytest.mark.parametrize('defence,symptoms', [(Blind, {'gradients','large eps','noise','transfer'}), (Scaled, {'gradients','two losses'}),
+                                              (Shifted, {'deterministic'})])
 def test_false_defences_are_caught(defence, symptoms, plain, test):
     s = sanity(defence(plain), *test, eps=.15, queries=300, surrogate=plain)
     assert not s.ok and symptoms<=set(s.suspicious), s

@@ -252,6 +252,22 @@ def test_starts_adversarial_and_parity_survives():
     h.load_state_dict(g.state_dict())
     assert h.weights(3)['amce_teacher']>0 and h.k==1
 
+def test_a_loaded_game_shares_nothing():
+    g,h = game(),game()
+    g.gen_opt,h.gen_opt = (torch.optim.Adam(q.generator.parameters(), .01) for q in (g,h))
+    g.step(*data())
+    h.load_state_dict(g.state_dict())
+    saved = copy.deepcopy(g.state_dict())
+    for _ in range(2): h.step(*data())
+    for a,b in zip(g.gen_opt.state_dict()['state'].values(), saved['gen_opt']['state'].values()): assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(v, saved['teacher'][k]) for k,v in g.teacher.state_dict().items())
+
+def test_to_moves_everything_but_the_student():
+    g = game()
+    g.gen_opt = torch.optim.Adam(g.generator.parameters(), .01)
+    g.step(*data())
+    assert g.to('cpu') is g and g.step(*data())['total'].isfinite()
+
 def test_parity_with_rarer_generator_steps():
     g,signs = game('released', gen_every=2),[]
     for _ in range(8):
@@ -416,3 +432,9 @@ def test_more_faults():
     with pytest.raises(ValueError, match='call mix'): g.loss(torch.zeros(7,4), torch.zeros(7).long())
     g.generator.stage = 9
     with pytest.raises(ValueError, match='stage 9 not found'): g.mix(*data())
+
+def test_cosine_gives_the_sources_no_gradient():
+    pred,clean = torch.randn(5,4,requires_grad=True),torch.randn(5,4,requires_grad=True)
+    idx,w = torch.randint(5, (5,3)),torch.rand(5,3)
+    source_cosine(pred, clean, idx, w).backward()
+    assert pred.grad is not None and clean.grad is None

@@ -101,7 +101,7 @@ def test_console_scripts_start(name):
     assert r.returncode==0 and 'usage' in r.stdout, r.stdout+r.stderr
 
 def test_wheel_and_sdist_are_complete(tmp_path):
-    pytest.importorskip('build')
+    pytest.importorskip('setuptools')
     copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__', 'build'))
     for kind in ('sdist', 'bdist_wheel'):
         r = run('setup.py', '-q', kind, '--dist-dir', str(tmp_path/'dist'), cwd=copy)

@@ -59,7 +59,8 @@ def test_n_is_evenly_spaced(net, dls):
     assert r.rows[0]['n']==9 and r.rows[0]['accuracy']==clean(net, x[i], y[i]).accuracy
     assert robust_report(net, (x,y), n=999, suite=['clean'], **quiet).rows[0]['n']==450
 
-@pytest.mark.parametrize('kw,word', [(dict(model=3), 'Learner'), (dict(data=None), 'images'), (dict(data=7), 'DataLoaders'), (dict(suite='slow'), 'quick, standard, full'),
+@pytest.mark.parametrize('kw,word', [(dict(model=3), 'Learner'), (dict(data=None), 'images'), (dict(data=7), 'DataLoaders'),
+    (dict(suite='slow'), 'quick, standard, full'),
     (dict(suite=['pgd']), 'pgd20'), (dict(eps=8), '8/255'), (dict(norm='l3'), 'linf')])
 def test_bad_input_gets_one_sentence(kw, word, net, xy):
     with pytest.raises(ValueError, match=word) as e: robust_report(**(dict(model=net, data=xy, suite=fast) | quiet | kw))
