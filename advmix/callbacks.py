@@ -280,7 +280,7 @@ class IATCallback(PGDCallback):
         "Two halves with separate ratios and partners"
         return [(.5, self.mixer(x, y, model)), (.5, self.mixer(self.attack(x, y, model), y, model))]
 
-# %% ../nbs/40_callbacks.ipynb #21cf2639
+# %% ../nbs/40_callbacks.ipynb #9f7523e3
 class Passenger:
     "Carries a callback's `state()` inside the `state_dict` of the model, under `advmix.<callback>`; copied or pickled, it is nobody's and does nothing"
     def __init__(self, cb=None): self.cb = cb
@@ -288,7 +288,8 @@ class Passenger:
     def __call__(self, module, state_dict, prefix, meta):
         if self.cb is not None: state_dict[f'{prefix}advmix.{self.cb.name}'] = self.cb.state()
     def load(self, module, state_dict, prefix, *args):
-        if self.cb is not None: self.cb.load_state(state_dict.pop(f'{prefix}advmix.{self.cb.name}', {}))
+        key = f'{prefix}advmix.{getattr(self.cb, "name", None)}'
+        if self.cb is not None and key in state_dict: self.cb.load_state(state_dict.pop(key))   # a plain file says nothing about the callback, so it stays as it is
 
 # %% ../nbs/40_callbacks.ipynb #007343d8
 class CarriedCallback(Callback):
@@ -378,13 +379,13 @@ def after_step(self:EMACallback):
 @patch
 def beside(self:EMACallback): return self.average.module if self.average is not None and self.validate!='student' else None
 
-# %% ../nbs/40_callbacks.ipynb #af75df5a
+# %% ../nbs/40_callbacks.ipynb #6046cd31
 @patch
 def state(self:EMACallback): return {} if self.average is None else self.average.state_dict()
 
 @patch
 def load_state(self:EMACallback, state):
-    "Take over a saved average; without one, start afresh at the next step"
+    "Take over a saved average; one saved before the first step means: start afresh"
     if not state: self.average = None
     else:
         if self.average is None: self.average = AveragedModel(bare(self.learn.model), multi_avg_fn=_EMA(), use_buffers=True).requires_grad_(False)
@@ -492,13 +493,13 @@ def after_train(self:GameCallback):
     self.epoch_means = {k: torch.stack(v).mean().item() for k,v in self.sums.items()}
     self.means.append(self.epoch_means)
 
-# %% ../nbs/40_callbacks.ipynb #7040f556
+# %% ../nbs/40_callbacks.ipynb #bfb44fdb
 @patch
 def state(self:GameCallback): return {} if self.game is None else self.game.state_dict()|dict(means=self.means)
 
 @patch
 def load_state(self:GameCallback, state):
-    "Take over a saved game; `ValueError` if it was played by another generator; without one, start afresh"
+    "Take over a saved game; `ValueError` if it was played by another generator; one saved before the first fit means: start afresh"
     if not state:
         self.game,self.means = None,[]
         return

@@ -135,7 +135,7 @@ def check_floors(
         if rows[name]<floor: low.append(f'{name} is {rows[name]:.4f}, under {floor}')
     return low
 
-# %% ../nbs/71_cli.ipynb #e5eb8d41
+# %% ../nbs/71_cli.ipynb #6e743999
 @command
 def evaluate(
     path:str,               # A run folder, a .pkl of learn.export, or a weights file
@@ -157,7 +157,8 @@ def evaluate(
     dls = get_dls(data or c.data, size=size or (c.size if c else None))
     x,y = split_tensors(dls)
     net = load_any(path, arch, len(dls.vocab), x.shape[1], x.shape[-1]).to(device or default_device())
-    report = robust_report(net, (x,y), eps=eps or (c.eps if c else 8/255), suite=jobs(suite), n=n_eval, seed=seed)
+    report = robust_report(net, (x,y), eps=eps or (c.eps if c else 8/255), suite=jobs(suite), n=n_eval, seed=seed, bs=500, progress=sys.stdout.isatty())
+    if report.missing: raise KeyboardInterrupt(f'{", ".join(report.missing)} not measured')
     report.show()
     if out: report.to_json(out)
     low = check_floors(report, fail_under)

@@ -26,14 +26,14 @@ def check_images(
         raise ValueError(f'{name} lies in [{lo:.3g},{hi:.3g}], not in [0,1]: give pixels, and move any normalisation into the model (`on_pixels`)')
     return x
 
-# %% ../nbs/00_core.ipynb #f07cb7c9
+# %% ../nbs/00_core.ipynb #a3d1c3da
 def check_labels(
     y:Tensor,               # Labels, `(B,)` integers
     n_classes:int=None,     # How many classes there are, if known
     name:str='y',           # How to call them in the message
 )->Tensor:                  # `y`, unchanged
     "Return `y` if it holds class numbers in `0..n_classes-1`, else `ValueError`"
-    if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point(): raise ValueError(f'{name} must be a tensor of class numbers (B,), got {y!r:.80}')
+    if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point(): raise ValueError(f'{name} must be a tensor of class numbers (B,), got {y.dtype} {tuple(y.shape)}' if isinstance(y, Tensor) else f'{name} must be a tensor of class numbers (B,), got {type(y).__name__}')
     if y.numel() and (y.min()<0 or (n_classes and y.max()>=n_classes)):
         raise ValueError(f'{name} holds labels {y.min().item()}..{y.max().item()}, outside 0..{(n_classes or 0)-1}: renumber them from 0, or give the model more outputs'
                          if n_classes else f'{name} holds negative labels: renumber them from 0')

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DEFAULTS', 'jobs', 'Config', 'CheckpointCallback', 'Run', 'open_folder', 'save_model', 'load_model',
-           'make_learner', 'run', 'plot_history', 'judge', 'variant', 'compare_runs', 'shown', 'summary', 'table',
-           'plot_compare']
+           'make_learner', 'print_row', 'run', 'plot_history', 'judge', 'variant', 'compare_runs', 'shown', 'summary',
+           'table', 'plot_compare']
 
-# %% ../nbs/70_experiment.ipynb #81fc3fec
-import json, math, random, shutil
+# %% ../nbs/70_experiment.ipynb #1fcdc4ac
+import json, math, random, shutil, sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, torch
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -265,23 +265,30 @@ def make_learner(
     learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=folder, cbs=[*cbs, CheckpointCallback(folder)])
     return {'no': learn, 'fp16': learn.to_fp16, 'bf16': learn.to_bf16}[config.amp],spec
 
-# %% ../nbs/70_experiment.ipynb #f1780f93
+# %% ../nbs/70_experiment.ipynb #2c7157e5
+def print_row(row):
+    "One line of the training table: names, or numbers in columns as wide as the names"
+    print('  '.join(f'{v:>10.4f}' if isinstance(v, float) else f'{v!s:>10}' for v in row if v is not None), flush=True)
+
+# %% ../nbs/70_experiment.ipynb #7a869ef3
 def run(
     config:Config,      # What to train and how to judge it
     out=None,           # Folder; None is `runs/<data>-<method>-<seed>`
     device=None,        # A torch device; None is a GPU if there is one
     resume:bool=False,  # Go on with an unfinished run
     force:bool=False,   # Overwrite what is in the folder
-    progress:bool=True, # Show bars and rows
+    progress:bool=True, # Show epochs as they come, with bars in a terminal
 )->Run:                 # The finished run
     "Train and judge one network, and write everything down; a finished run is opened, not repeated"
     r = open_folder(config, out, resume, force)
     if r.finished: return r
     learn,spec = make_learner(config, r.folder, device)
-    with nullcontext() if progress else learn.no_logging(), nullcontext() if progress else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
+    bars = progress and sys.stdout.isatty()
+    if not bars: learn.logger = print_row if progress else noop
+    with nullcontext() if bars else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
     nets = dict(model=bare(learn.model), **{'model_ema': cb.beside() for cb in learn.cbs if isinstance(cb, BesideCallback)})
     for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', **spec)
-    judge(r, nets, learn.dls, progress)
+    judge(r, nets, learn.dls, bars)
     (r.folder/'checkpoint.pth').unlink()
     return r
 
@@ -298,14 +305,14 @@ def plot_history(
         ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/70_experiment.ipynb #59dd284e
+# %% ../nbs/70_experiment.ipynb #49084d32
 def judge(r, nets, dls, progress=True):
     "Measure robustness of each network of a run and write `report.json` and the pictures"
     c = r.config
     x,y = split_tensors(dls)
     report = None
     for name,net in nets.items():
-        new = robust_report(net, (x,y), eps=c.eps, suite=jobs(c.suite), n=c.n_eval, seed=c.seed, progress=progress)
+        new = robust_report(net, (x,y), eps=c.eps, suite=jobs(c.suite), n=c.n_eval, seed=c.seed, bs=500, progress=progress)
         if new.missing: raise KeyboardInterrupt(f'{", ".join(new.missing)} not measured')   # the report keeps what it has, but the run is not finished
         if report is None: report = new
         else: report.rows += [o|dict(name=o['name']+name.removeprefix('model')) for o in new.rows]

@@ -243,7 +243,7 @@ def _installed(k):
 
 def _fingerprint(x, y): return hashlib.sha256(x.contiguous().numpy().tobytes()+y.contiguous().numpy().tobytes()).hexdigest()[:16]
 
-# %% ../nbs/54_report.ipynb #a029581a
+# %% ../nbs/54_report.ipynb #818f5cd8
 def robust_report(
     model,              # A fastai `Learner`, or a network that takes pixels
     data=None,          # `(x, y)`, a loader or `DataLoaders`; None: the test set of the Learner, or its validation set
@@ -262,7 +262,7 @@ def robust_report(
     jobs = _suite(suite, norm)
     s = _subject(model, data, n, eps=eps, norm=norm, seed=seed, bs=bs, state=state)
     named = suite if isinstance(suite, str) else [k for k,_ in jobs]
-    report = Report(dict(eps=eps, norm=norm, suite=named, n=len(s.x), seed=seed, bs=bs, data=_fingerprint(s.x, s.y)),
+    report = Report(dict(eps=eps, norm=norm, suite=named, n=len(s.x), seed=seed, bs=bs, images=_fingerprint(s.x, s.y)),
                     environment=_environment(s.model), missing=[k for k,_ in jobs])
     bar = master_bar(jobs) if progress else jobs
     s.progress = bar if progress else False
@@ -360,7 +360,7 @@ def _compare_row(first, r, same):
     else: d,how = unpaired(count(first), first['n'], count(r), r['n']),'unpaired'
     return dict(zip(('diff','lo','hi'), d), how=how)
 
-# %% ../nbs/54_report.ipynb #8e05bb14
+# %% ../nbs/54_report.ipynb #98955176
 def compare_reports(
     reports, # Reports or paths of their JSON: a dict of name to report, or a list
 )->Comparison:
@@ -376,7 +376,7 @@ def compare_reports(
         first = next((r for r in base.rows if r['name']==key), None)
         for n,rep in reports.items():
             for r in [r for r in rep.rows if r['name']==key]:
-                same = rep.config.get('data') and rep.config.get('data')==base.config.get('data')
+                same = rep.config.get('images') and rep.config.get('images')==base.config.get('images')
                 row = dict(name=key, report=n, accuracy=r['accuracy'], n=r['n'], share=r.get('share', True))
                 rows.append(row | (_compare_row(first, r, same) if first and rep is not base else {}))
     return Comparison(rows, names)

@@ -42,7 +42,7 @@ def test_library_notebooks_show_their_outputs(nb):
 def test_export_changes_nothing(tmp_path):
     pytest.importorskip('nbdev')
     copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__'))
-    r = run('-c', 'from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
+    r = run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
     assert r.returncode==0, r.stderr
     for p in (root/'advmix').glob('*.py'): assert (copy/'advmix'/p.name).read_text()==p.read_text(), f'{p.name} differs from its notebook: run nbdev_export'
 
