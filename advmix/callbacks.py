@@ -144,17 +144,17 @@ def after_loss(self:MixCallback):
     self.learn.loss_grad = sum(c*m.loss(self.learn.loss_func, p, y, self.loss_mode) for (c,m),p in zip(self.terms, preds))
     self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/40_callbacks.ipynb #f13235f6
+# %% ../nbs/40_callbacks.ipynb #3a9fc6cd
 @patch
 def after_pred(self:MixCallback):
     "`RuntimeError` if a mix inside the network did not happen in the pass it was meant for"
     if self.disarm(): raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
 
 @patch
-def after_cancel_batch(self:MixCallback): self.disarm()
+def after_cancel_batch(self:MixCallback): "Leave no hook behind"; self.disarm()
 
 @patch
-def after_fit(self:MixCallback): self.disarm()
+def after_fit(self:MixCallback): "Leave no hook behind"; self.disarm()
 
 # %% ../nbs/40_callbacks.ipynb #040c6fc9
 @contextmanager
@@ -357,7 +357,7 @@ class EMACallback(BesideCallback):
         self.decay,self.final,self.validate = decay,final,validate
         self.average,self.instead = None,validate=='average'
 
-# %% ../nbs/40_callbacks.ipynb #fb7da90f
+# %% ../nbs/40_callbacks.ipynb #b0ac295e
 @patch
 def decay_at(self:EMACallback,
     k:int,      # Step of this fit
@@ -377,11 +377,11 @@ def after_step(self:EMACallback):
     self.average.update_parameters(net)
 
 @patch
-def beside(self:EMACallback): return self.average.module if self.average is not None and self.validate!='student' else None
+def beside(self:EMACallback): "The average, once there is one"; return self.average.module if self.average is not None and self.validate!='student' else None
 
-# %% ../nbs/40_callbacks.ipynb #6046cd31
+# %% ../nbs/40_callbacks.ipynb #376b44b4
 @patch
-def state(self:EMACallback): return {} if self.average is None else self.average.state_dict()
+def state(self:EMACallback): "What travels with the model"; return {} if self.average is None else self.average.state_dict()
 
 @patch
 def load_state(self:EMACallback, state):
@@ -391,9 +391,9 @@ def load_state(self:EMACallback, state):
         if self.average is None: self.average = AveragedModel(bare(self.learn.model), multi_avg_fn=_EMA(), use_buffers=True).requires_grad_(False)
         self.average.load_state_dict(state)
 
-# %% ../nbs/40_callbacks.ipynb #5594f604
+# %% ../nbs/40_callbacks.ipynb #aa78f18b
 class TermMetric(Metric):
-    "Mean over the training batches of an epoch of one term of the game"
+    "Mean over the training batches of an epoch of one term of the game, or of the masks' entropy (1: all images share every pixel; 0: each pixel is of one image)"
     def __init__(self, cb, term): self.cb,self.term = cb,term
     def reset(self): pass
     def accumulate(self, learn): pass
@@ -415,7 +415,7 @@ class GameCallback(MixCallback, BesideCallback):
     def teacher(self): "The averaged network, usually the better one"; return self.game.teacher if self.game is not None else None
     def beside(self): return self.teacher
 
-# %% ../nbs/40_callbacks.ipynb #cc9aee7e
+# %% ../nbs/40_callbacks.ipynb #ea4c705d
 @patch
 def build(self:GameCallback):
     "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` is none of them"
@@ -437,9 +437,9 @@ def before_fit(self:GameCallback):
     self.game.student,self.game.loss_func = bare(self.learn.model),self.learn.loss_func
     if next(self.game.generator.parameters()).device!=self.dls.device: self.game.to(self.dls.device)
     have = {m.term for m in self.learn.metrics if isinstance(m, TermMetric) and m.cb is self}
-    self.learn.metrics = self.learn.metrics + [TermMetric(self, k) for k in self.game.weights(3) if k not in have]
+    self.learn.metrics = self.learn.metrics + [TermMetric(self, k) for k in [*self.game.weights(3), 'mask_entropy'] if k not in have]
 
-# %% ../nbs/40_callbacks.ipynb #d7bcc68a
+# %% ../nbs/40_callbacks.ipynb #c65b7a0e
 @patch
 def before_train(self:GameCallback):
     "Begin an epoch with clean sums; begin a fit with its schedules"
@@ -464,6 +464,7 @@ def before_batch(self:GameCallback):
 
 @patch
 def after_pred(self:GameCallback):
+    "Validate the teacher beside the student"
     if not self.training: BesideCallback.after_pred(self)
 
 @patch
@@ -476,7 +477,7 @@ def after_loss(self:GameCallback):
     res['mask_entropy'] = mask_entropy(self.mixed.mask)
     for k,v in res.items(): self.sums.setdefault(k, []).append(v.detach())   # no `.item()`: it would wait for the device at every step
 
-# %% ../nbs/40_callbacks.ipynb #99e762aa
+# %% ../nbs/40_callbacks.ipynb #ea435224
 @patch
 def after_step(self:GameCallback):
     "The generator's step, with its gradient averaged over processes; then the teacher's"
@@ -490,12 +491,13 @@ def after_step(self:GameCallback):
 
 @patch
 def after_train(self:GameCallback):
+    "Average every term over the epoch"
     self.epoch_means = {k: torch.stack(v).mean().item() for k,v in self.sums.items()}
     self.means.append(self.epoch_means)
 
-# %% ../nbs/40_callbacks.ipynb #bfb44fdb
+# %% ../nbs/40_callbacks.ipynb #1b039921
 @patch
-def state(self:GameCallback): return {} if self.game is None else self.game.state_dict()|dict(means=self.means)
+def state(self:GameCallback): "What travels with the model"; return {} if self.game is None else self.game.state_dict()|dict(means=self.means)
 
 @patch
 def load_state(self:GameCallback, state):

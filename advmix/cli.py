@@ -94,7 +94,7 @@ def compare(
     print(table(res).to_string())
     print('\n'.join(f'  {Path(out)/f}' for f in ('compare.json','compare.png')))
 
-# %% ../nbs/71_cli.ipynb #db28cdfe
+# %% ../nbs/71_cli.ipynb #06c08818
 def load_any(
     path,           # A run folder, a `.pkl` of `learn.export`, or a weights file
     arch=None,      # Architecture for a weights file that doesn't name it
@@ -114,10 +114,12 @@ def load_any(
             warnings.simplefilter('ignore')   # fastai warns of pickles; whoever types a file name has decided
             learn = load_learner(path)
         return on_pixels(learn.model.eval(), *(pixel_stats(learn.dls) or ()))
-    if arch is None: return load_model(path)
-    net = get_model(arch, n_classes, c_in, size)
+    if arch is None and path.suffix=='.safetensors': return load_model(path)
+    if arch is None: raise ValueError(f'{path} does not say what network it is for: give --arch')
+    net   = get_model(arch, n_classes, c_in, size)
     state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
-    net.load_state_dict(state.get('model', state), strict=True)
+    try: net.load_state_dict({k: v for k,v in state.get('model', state).items() if not k.startswith('advmix.')})   # fastai's `learn.save` wraps them
+    except RuntimeError as e: raise ValueError(f'{path} does not fit {arch} ({str(e).splitlines()[-1].strip()[:120]}): give the --arch and --size it was trained with') from None
     return net.eval()
 
 # %% ../nbs/71_cli.ipynb #17f59691

@@ -54,9 +54,9 @@ METHODS = dict(
 )
 METHODS |= {name: partial(_zoo, name) for name in MIXES if name not in METHODS}
 
-# %% ../nbs/70_experiment.ipynb #32bd7921
+# %% ../nbs/70_experiment.ipynb #0c7a0f04
 DEFAULTS = dict(
-    digits   = dict(arch='convnet', size=8, epochs=30, bs=64, lr=1e-2, eps=.15, steps=7),
+    digits   = dict(arch='convnet_s', size=8, epochs=30, bs=64, lr=1e-2, eps=.15, steps=7),
     cifar10  = dict(arch='preact_resnet18', size=32, epochs=30, bs=128, lr=5e-3, eps=8/255, steps=10),
     folder   = dict(arch='resnet18', size=64, epochs=20, bs=64, lr=2e-3, eps=8/255, steps=10),
 )
@@ -338,7 +338,7 @@ def variant(
         settings[k] = v in ('1','true','True') if types[k] is bool else types[k](v)
     return Config(method=method, **settings)
 
-# %% ../nbs/70_experiment.ipynb #0ffb17a1
+# %% ../nbs/70_experiment.ipynb #77342865
 def compare_runs(
     specs:list,         # What to compare, see `variant`
     seeds:int=1,        # How many seeds, from 0
@@ -355,7 +355,7 @@ def compare_runs(
         folder = out/f'{spec.replace(":", ",")}-{seed}'
         if progress: print(f'[{i+1}/{len(todo)}] {spec}, seed {seed}', flush=True)
         r = run(c, folder, device, resume=(folder/'checkpoint.pth').exists() and not force, force=force, progress=False)
-        rows.append(dict(spec=spec, seed=seed, **{o['name']: o['accuracy'] for o in r.report.rows}))
+        rows.append(dict(spec=spec, seed=seed, **{o['name']: o['accuracy'] for o in r.report.rows}, **r.history.iloc[-1:].filter(['mask_entropy']).to_dict('records')[0]))
     res = pd.DataFrame(rows)
     res.to_json(out/'compare.json', orient='records', indent=1)
     plot_compare(res).savefig(out/'compare.png', dpi=80, bbox_inches='tight')

@@ -57,12 +57,12 @@ def on_pixels(
     net.training = model.training   # a new Sequential says train, whatever is in it
     return net
 
-# %% ../nbs/02_models.ipynb #c193c0ce
+# %% ../nbs/02_models.ipynb #a78b867c
 def convnet(
     n_classes:int=10,         # Classes
     c_in:int=1,               # Channels of the images
     size:int=8,               # Side of the images in pixels
-    widths:tuple=(16,32,32),  # Channels of each stage
+    widths:tuple=(32,64,64),  # Channels of each stage
 )->nn.Sequential:
     "Two 3×3 convolutions per stage; a stage after the first halves the map unless fewer than 4 pixels a side would remain"
     net,side,ni = OrderedDict(),size,c_in
@@ -140,13 +140,14 @@ def torchvision_net(
     _swap(net, nn.Linear, True, lambda o: o if o.out_features==n_classes else nn.Linear(o.in_features, n_classes))
     return net
 
-# %% ../nbs/02_models.ipynb #858f383f
+# %% ../nbs/02_models.ipynb #fc7e9fd4
 ARCHS = dict(
     convnet         = convnet,
     preact_resnet18 = lambda n, c, size: preact_resnet((64,128,256,512), 2, 64, n, c),
     wrn34_10        = lambda n, c, size: preact_resnet((160,320,640), 5, 16, n, c),
     resnet18='resnet18', resnet34='resnet34', resnet50='resnet50', resnext50='resnext50_32x4d',
-    swin_t='swin_t', convnext_t='convnext_tiny')   # names of torchvision
+    swin_t='swin_t', convnext_t='convnext_tiny',   # names of torchvision
+    convnet_s = partial(convnet, widths=(16,32,32)))   # a quarter of the arithmetic: AutoAttack on all digits in a minute
 
 # %% ../nbs/02_models.ipynb #57d39f56
 def get_model(

@@ -1,4 +1,4 @@
-"Render nbs/index.ipynb as README.md: python tests/make_readme.py"
+"Render nbs/index.ipynb as README.md, with the gallery that ends 12_saliency: python tests/make_readme.py"
 import base64, re
 from pathlib import Path
 from execnb.nbio import read_nb
@@ -20,7 +20,7 @@ def render(nb):
     parts,pics = [],{}
     for i,c in enumerate(nb.cells):
         src,flags = c.source.strip(),re.findall(r'^#\| *(.+)$', c.source, re.M)
-        if c.cell_type=='markdown': parts.append(src)
+        if c.cell_type=='markdown': parts.append(src.replace('](images/', '](nbs/images/'))
         if c.cell_type!='code' or 'hide' in flags: continue
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         if src and 'echo: false' not in flags: parts.append(f'```bash\n{src[1:].strip()}\n```' if src.startswith('!') else f'```python\n{src}\n```')
@@ -30,10 +30,15 @@ def render(nb):
             if png: pics[f'index_{c.id}_{j}.png'] = png
     return '\n\n'.join(parts)+'\n', pics
 
+def gallery():
+    "The last picture of 12_saliency: every mix on the same two photographs"
+    pngs = [o['data']['image/png'] for c in read_nb(root/'nbs/12_saliency.ipynb').cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    return base64.b64decode(''.join(pngs[-1]))
+
 if __name__=='__main__':
     text,pics = render(read_nb(root/'nbs/index.ipynb'))
     (root/'README.md').write_text(text, encoding='utf-8')
     images = root/'nbs/images'
     images.mkdir(exist_ok=True)
     for p in images.glob('index_*.png'): p.unlink()
-    for name,png in pics.items(): (images/name).write_bytes(png)
+    for name,png in dict(pics, **{'gallery.png': gallery()}).items(): (images/name).write_bytes(png)

@@ -1,4 +1,4 @@
-"Execute notebooks as nbdev_test does, and write the outputs back: python tests/run_notebooks.py [NOTEBOOK ...]"
+"Execute notebooks as nbdev_test does, and write the outputs back: python tests/run_notebooks.py [--slow] [NOTEBOOK ...]"
 import os, sys
 os.environ |= dict(IN_TEST='1', OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'))   # before torch is imported
 from pathlib import Path
@@ -14,7 +14,7 @@ def skipped(cell):
     "What nbdev_test skips: prose, `eval: false`, slow and cuda cells, and the export at the end"
     flags = getattr(cell, 'directives_', None) or {}
     return (cell.cell_type!='code' or 'nbdev_export(' in cell.source
-            or flags.get('eval:', [''])[0].lower()=='false' or bool({'slow', 'cuda'} & flags.keys()))
+            or flags.get('eval:', [''])[0].lower()=='false' or bool({'cuda'} & flags.keys()) or ('slow' in flags and '--slow' not in sys.argv))
 
 def run(path):
     "Execute one notebook in its own folder, stop at the first exception, write the outputs back"
@@ -29,6 +29,6 @@ def run(path):
     write_nb(source, path)
 
 if __name__=='__main__':
-    for p in sys.argv[1:] or sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if not (p.parent/'.notest').exists()):
+    for p in [a for a in sys.argv[1:] if a!='--slow'] or sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if not (p.parent/'.notest').exists()):
         print(p, flush=True)
         run(p)

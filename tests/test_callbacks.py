@@ -400,7 +400,7 @@ def test_a_model_without_a_map_is_refused(dls):
 
 def test_columns_and_plot(dls):
     learn = quiet(learner(dls, CBS['adautomix']()), 2)
-    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','accuracy_ema','amce','mce','ace','amce_teacher','cosine','time']
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','accuracy_ema','amce','mce','ace','amce_teacher','cosine','mask_entropy','time']
     assert all(v is not None for v in learn.recorder.values[-1]) and len(learn.ad_auto_mix.plot_game())==2
     assert learn.validate()[1]==Learner(dls, game(learn).teacher, loss_func=CrossEntropyLossFlat(), metrics=accuracy).validate()[1] or learn.validate()[2]>=0
 

@@ -96,3 +96,25 @@ def test_ctrl_c_says_how_to_resume(tmp_path):
 def test_bench_prints_ratios(tmp_path):
     r = sh('bench', '--methods', 'pgd,aom', '--arch', 'convnet', '--size', 8, '--bs', 4, '--steps', 1, '--rounds', 1, cwd=tmp_path)
     assert r.returncode==0 and 'vs_floor' in r.stdout and 'PGD steps' in r.stdout, r.stderr
+
+def test_evaluate_a_pkl_and_a_weights_file(tmp_path):
+    "What a user of fastai has at hand, with Normalize in the loaders; and bare weights with --arch"
+    from fastai.vision.all import Learner, Normalize, accuracy
+    from advmix.data import digits_dls
+    from advmix.models import get_model
+    dls = digits_dls()
+    dls.add_tfms([Normalize.from_stats([.3], [.35], cuda=False)], 'after_batch')
+    net = get_model('convnet', 10, 1, 8)
+    net[0] = torch.nn.Identity()
+    learn = Learner(dls, net, metrics=accuracy, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+    learn.export('m.pkl')
+    want = learn.validate(ds_idx=2)[1]
+    r = sh('evaluate', 'm.pkl', '--data', 'digits', '--suite', 'clean,fgsm', '--out', 'p.json', cwd=tmp_path)
+    assert r.returncode==0, r.stderr
+    rows = {o['name']: o['accuracy'] for o in json.loads((tmp_path/'p.json').read_text())['rows']}
+    assert abs(rows['clean']-want)<1e-6 and rows['fgsm']<rows['clean']
+    torch.save(get_model('convnet', 10, 1, 8).state_dict(), tmp_path/'w.pth')
+    assert sh('evaluate', 'w.pth', '--data', 'digits', '--arch', 'convnet', '--suite', 'clean', cwd=tmp_path).returncode==0
+    r = sh('evaluate', 'w.pth', '--data', 'digits', '--arch', 'resnet18', '--suite', 'clean', cwd=tmp_path)
+    assert r.returncode==2 and 'Traceback' not in r.stderr and '--arch' in r.stderr

@@ -146,7 +146,7 @@ def test_own_attention():
         def __init__(self, c): super().__init__(); self.v = nn.Conv2d(c, 1, 1)
         def forward(self, z, idx, lam): return self.v(z)[idx][:,:,0]
     x,y = data()
-    m = MaskGenerator(Values(32), n_mix=3)(x, y, small())
+    m = MaskGenerator(Values(64), n_mix=3)(x, y, small())
     torch.testing.assert_close(m.mask.sum(1), torch.ones(6,8,8), atol=1e-6, rtol=0)
 
 class Pooled(nn.Module):
@@ -154,7 +154,7 @@ class Pooled(nn.Module):
     def forward(self, x): return self.head(self.body(x).flatten(1))
 
 @pytest.mark.parametrize('f,msg', [
-    (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage=7), r'0 net.stage1 \(2, 16, 8, 8\), 1 net.stage2 \(2, 32, 4, 4\)'),
+    (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage=7), r'0 net.stage1 \(2, 32, 8, 8\), 1 net.stage2 \(2, 64, 4, 4\)'),
     (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage='layer3'), "'layer3' not found"),
     (lambda x,y,net: AdAutoMixGenerator.for_model(nn.Sequential(nn.Flatten(), nn.Linear(64,10)), x), 'no stages'),
     (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage='net.head'), 'not a feature map'),

@@ -180,7 +180,7 @@ def test_wrong_stage_lists_stages_and_shapes():
     net,x = get_model('convnet', c_in=1, size=8),torch.rand(2,1,8,8)
     flags,buffers = [m.training for m in net.modules()],copy.deepcopy(list(net.buffers()))
     for stage in (3, -4, 'layer3', '', None, 1.5):
-        with pytest.raises(ValueError, match=r'0 net.stage1 \(2, 16, 8, 8\), 1 net.stage2 \(2, 32, 4, 4\), 2 net.stage3'): features(net, x, stage)
+        with pytest.raises(ValueError, match=r'0 net.stage1 \(2, 32, 8, 8\), 1 net.stage2 \(2, 64, 4, 4\), 2 net.stage3'): features(net, x, stage)
     with pytest.raises(ValueError, match='0 net.stage1, 1 net.stage2'): find_stage(net, 'layer3')
     with pytest.raises(ValueError, match='not found'): find_stage(net, '0')   # ambiguous
     assert flags==[m.training for m in net.modules()] and all(map(torch.equal, buffers, net.buffers()))

@@ -49,10 +49,10 @@ def test_export_changes_nothing(tmp_path):
 def test_readme_is_the_index():
     pytest.importorskip('execnb')
     sys.path.insert(0, str(root/'tests'))
-    from make_readme import render, read_nb
+    from make_readme import gallery, read_nb, render
     text,pics = render(read_nb(root/'nbs/index.ipynb'))
     assert text==(root/'README.md').read_text(encoding='utf-8'), 'README.md is stale: python tests/make_readme.py'
-    for name,png in pics.items(): assert (root/'nbs/images'/name).read_bytes()==png
+    for name,png in dict(pics, **{'gallery.png': gallery()}).items(): assert (root/'nbs/images'/name).read_bytes()==png
 
 def test_import_has_no_side_effects():
     code = '''
