@@ -265,12 +265,14 @@ def make_learner(
     learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=folder, cbs=[*cbs, CheckpointCallback(folder)])
     return {'no': learn, 'fp16': learn.to_fp16, 'bf16': learn.to_bf16}[config.amp],spec
 
-# %% ../nbs/70_experiment.ipynb #2c7157e5
-def print_row(row):
-    "One line of the training table: names, or numbers in columns as wide as the names"
-    print('  '.join(f'{v:>10.4f}' if isinstance(v, float) else f'{v!s:>10}' for v in row if v is not None), flush=True)
+# %% ../nbs/70_experiment.ipynb #6b8ee914
+def print_row(learn, row):
+    "One line of the training table, the names above the first, columns as wide as the names"
+    names = list(learn.recorder.metric_names)
+    lines = [names, row] if row[0]==0 else [row]
+    for l in lines: print('  '.join(f'{v:>{max(len(n),6)}.4f}' if isinstance(v, float) else f'{v!s:>{max(len(n),6)}}' for n,v in zip(names, l)), flush=True)
 
-# %% ../nbs/70_experiment.ipynb #7a869ef3
+# %% ../nbs/70_experiment.ipynb #c6675078
 def run(
     config:Config,      # What to train and how to judge it
     out=None,           # Folder; None is `runs/<data>-<method>-<seed>`
@@ -284,7 +286,7 @@ def run(
     if r.finished: return r
     learn,spec = make_learner(config, r.folder, device)
     bars = progress and sys.stdout.isatty()
-    if not bars: learn.logger = print_row if progress else noop
+    if not bars: learn.logger = partial(print_row, learn) if progress else noop
     with nullcontext() if bars else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
     nets = dict(model=bare(learn.model), **{'model_ema': cb.beside() for cb in learn.cbs if isinstance(cb, BesideCallback)})
     for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', **spec)
