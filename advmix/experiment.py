@@ -129,7 +129,7 @@ def to_json(self:Config)->str: "The config as JSON"; return json.dumps(vars(self
 @patch(cls_method=True)
 def from_json(cls:Config, s:str)->Config: "The config of a `config.json`"; return cls(**json.loads(s))
 
-# %% ../nbs/70_experiment.ipynb #ed7b9797
+# %% ../nbs/70_experiment.ipynb #c7869c41
 class CheckpointCallback(Callback):
     "After each epoch write `history.csv` and all that a later fit needs to go on; `ValueError` if the loss is not a number"
     order = 70   # after Recorder and schedules
@@ -152,13 +152,13 @@ class CheckpointCallback(Callback):
         if self.due: self.restore()
 
     def after_epoch(self):
-        if self.epoch<len(self.rows): return
+        if self.epoch<len(self.rows) or self.recorder.cancel_train: return   # trained before, or cut short
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
         if not math.isfinite(row['train_loss']): raise ValueError(f'the training loss became {row["train_loss"]} in epoch {self.epoch}: lower the learning rate')
         self.rows.append(row)
         self.store()
 
-# %% ../nbs/70_experiment.ipynb #f1fe5b71
+# %% ../nbs/70_experiment.ipynb #d653a02b
 @patch
 def store(self:CheckpointCallback):
     "Write the checkpoint beside the old one, then replace it: a run killed here loses nothing"
@@ -167,7 +167,8 @@ def store(self:CheckpointCallback):
                  cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     opt   = self.opt.state_dict()
     opt['hypers'] = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in opt['hypers']]   # schedules leave NumPy numbers, which the safe loader refuses
-    state = dict(rows=self.rows, model=bare(self.learn.model).state_dict(), opt=opt, rng=rng)
+    sm    = self.recorder.smooth_loss   # fastai's training loss is smoothed across epochs
+    state = dict(rows=self.rows, model=bare(self.learn.model).state_dict(), opt=opt, rng=rng, smooth=(float(sm.val), sm.count))
     torch.save(state, self.path.with_suffix('.tmp'))
     self.path.with_suffix('.tmp').replace(self.path)
     pd.DataFrame(self.rows).to_csv(self.folder/'history.csv', index=False)
@@ -178,6 +179,8 @@ def restore(self:CheckpointCallback):
     state,self.due = self.due,None
     bare(self.learn.model).load_state_dict(state['model'])
     self.opt.load_state_dict(state['opt'])
+    val,self.recorder.smooth_loss.count = state['smooth']
+    self.recorder.smooth_loss.val = torch.tensor(val)
     rng = state['rng']
     random.setstate(rng['python'])
     np.random.set_state(rng['numpy'])
