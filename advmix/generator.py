@@ -14,7 +14,7 @@ from .models import *
 from .mix import *
 from .attention import *
 
-# %% ../nbs/31_generator.ipynb #60b63f7d
+# %% ../nbs/31_generator.ipynb #955641f8
 class MaskGenerator(nn.Module):
     "A Mixer with parameters: masks from the features of a network's stage; `ValueError` for settings that cannot work"
     blend = False   # masks follow the ratio, but are not the ratio: it can't be differentiated through the image
@@ -30,7 +30,7 @@ class MaskGenerator(nn.Module):
         self.attention,self.alpha,self.stage,self.up,self.per_sample = attention,float(alpha),stage,up,per_sample
         self.n_mix = tuple(n_mix) if isinstance(n_mix, (tuple,list)) else (n_mix,)
         if not all(isinstance(n, int) and n>1 for n in self.n_mix): raise ValueError(f'n_mix {n_mix!r}: a mixture needs two images or more')
-        if not alpha>0: raise ValueError(f'alpha {alpha!r} must be positive: ratios are drawn from Beta(alpha,alpha), and 1. is uniform')
+        check_positive(alpha=alpha)
         if up not in ('bilinear', 'nearest'): raise ValueError(f"up {up!r} unknown: use 'bilinear' or 'nearest'")
 
     def extra_repr(self): return f'n_mix={self.n_mix}, alpha={self.alpha}, stage={self.stage!r}, up={self.up!r}'

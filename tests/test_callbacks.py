@@ -1,5 +1,5 @@
 "Callbacks on tiny Learners: nothing broken, nothing leaked, and the same numbers whoever else is in the loop"
-import copy, subprocess, sys, textwrap
+import copy, os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -315,8 +315,8 @@ def test_two_processes_agree_and_draw_differently(tmp_path):
             res[name] = dict(w=flat(learn.model), ema=flat(game.teacher if game else learn.ema.average.module), gen=flat(game.game.generator) if game else torch.zeros(1), lams=learn.lams.lams)
         torch.save(res, sys.argv[1]+f'/rank{rank_distrib()}.pt')
     '''))
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29577', str(script), str(tmp_path)], capture_output=True, text=True,
-                       cwd=Path(__file__).resolve().parents[1], env=__import__('os').environ|dict(PYTHONPATH=str(Path(__file__).resolve().parents[1])), timeout=300)
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script), str(tmp_path)], capture_output=True, text=True,
+                       cwd=Path(__file__).resolve().parents[1], env=os.environ|dict(PYTHONPATH=str(Path(__file__).resolve().parents[1])), timeout=300)
     assert r.returncode==0, r.stderr[-4000:]
     a,b = (torch.load(tmp_path/f'rank{i}.pt') for i in (0,1))
     for k in a:

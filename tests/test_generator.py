@@ -166,7 +166,7 @@ class Pooled(nn.Module):
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=1), 'two images or more'),
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=(2,1)), 'two images or more'),
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=2.5), 'two images or more'),
-    (lambda x,y,net: AdAutoMixGenerator(64, alpha=0.), 'must be positive'),
+    (lambda x,y,net: AdAutoMixGenerator(64, alpha=0.), 'must be a positive number'),
     (lambda x,y,net: AutoMixGenerator(64, up='cubic'), "'bilinear' or 'nearest'")])
 def test_faults(f, msg):
     with pytest.raises(ValueError, match=msg): f(*data(), small())

@@ -5,9 +5,9 @@ from torch import nn
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_flow
 from advmix.models import get_model
-from advmix.saliency import (SaliencyMix, AttentiveMix, SnapMix, PuzzleMix, contrast_map, stage_map, class_map, loss_gradient, box_at, block_means, pad_to,
+from advmix.saliency import (SaliencyMix, AttentiveMix, SnapMix, PuzzleMix, contrast_map, stage_map, class_map, loss_gradient, block_means, pad_to,
                              seams, puzzle_terms, energy, relax, settle, solve, transport, move, snap)
-from advmix.mix import rand_box
+from advmix.mix import box_at, rand_box
 
 # ---------------------------------------------------------------- maps
 def test_contrast_map_against_loops():
