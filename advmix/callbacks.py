@@ -34,7 +34,7 @@ from .aom import *
 from .generator import *
 from .minmax import *
 
-# %% ../nbs/40_callbacks.ipynb #f0808c6d
+# %% ../nbs/40_callbacks.ipynb #42d7d652
 class MixCallback(Callback):
     "Train on what `mixer` makes of each batch; `ValueError` beside another mixing callback or if images are not in [0,1]"
     order,run_valid = 5,False
@@ -47,7 +47,8 @@ class MixCallback(Callback):
     ):
         if isinstance(mixer, str):           mixer = MIXES[mixer]()
         if isinstance(mixer, (list, tuple)): mixer = RandomMix(mixer)
-        if not callable(mixer) or isinstance(mixer, type): raise TypeError(f'mixer {mixer!r} cannot be called on a batch: give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
+        if not callable(mixer) or isinstance(mixer, type):
+            raise TypeError(f'mixer {mixer!r} cannot be called on a batch: give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
         for k,v in dict(p=p, start=start, stop=stop).items():
             if not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: it is a fraction')
         self.mixer,self.p,self.start,self.stop,self.loss_mode = mixer,p,start,stop,loss_mode
@@ -56,7 +57,9 @@ class MixCallback(Callback):
     @property
     def mixed(self): "The `Mixed` of the current batch, None if it stayed clean"; return self.terms[0][1] if self.terms else None
     def __getstate__(self): return self.__dict__|dict(terms=[])   # don't export the last batch
-    def disarm(self)->bool: "Take back a hook that a mixer inside the network has set and that did not fire; was there one?"; return getattr(self.mixer, 'disarm', lambda: False)()
+    def disarm(self)->bool:
+        "Take back a hook that a mixer inside the network has set and that did not fire; was there one?"
+        return getattr(self.mixer, 'disarm', lambda: False)()
 
 # %% ../nbs/40_callbacks.ipynb #8029da3e
 @patch
@@ -144,11 +147,12 @@ def after_loss(self:MixCallback):
     self.learn.loss_grad = sum(c*m.loss(self.learn.loss_func, p, y, self.loss_mode) for (c,m),p in zip(self.terms, preds))
     self.learn.loss = self.learn.loss_grad.clone()
 
-# %% ../nbs/40_callbacks.ipynb #3a9fc6cd
+# %% ../nbs/40_callbacks.ipynb #33182c02
 @patch
 def after_pred(self:MixCallback):
     "`RuntimeError` if a mix inside the network did not happen in the pass it was meant for"
-    if self.disarm(): raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
+    if self.disarm():
+        raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
 
 @patch
 def after_cancel_batch(self:MixCallback): "Leave no hook behind"; self.disarm()
@@ -280,7 +284,7 @@ class IATCallback(PGDCallback):
         "Two halves with separate ratios and partners"
         return [(.5, self.mixer(x, y, model)), (.5, self.mixer(self.attack(x, y, model), y, model))]
 
-# %% ../nbs/40_callbacks.ipynb #9f7523e3
+# %% ../nbs/40_callbacks.ipynb #e53eea92
 class Passenger:
     "Carries a callback's `state()` inside the `state_dict` of the model, under `advmix.<callback>`; copied or pickled, it is nobody's and does nothing"
     def __init__(self, cb=None): self.cb = cb
@@ -289,7 +293,7 @@ class Passenger:
         if self.cb is not None: state_dict[f'{prefix}advmix.{self.cb.name}'] = self.cb.state()
     def load(self, module, state_dict, prefix, *args):
         key = f'{prefix}advmix.{getattr(self.cb, "name", None)}'
-        if self.cb is not None and key in state_dict: self.cb.load_state(state_dict.pop(key))   # a plain file says nothing about the callback, so it stays as it is
+        if self.cb is not None and key in state_dict: self.cb.load_state(state_dict.pop(key))   # a plain file says nothing about the callback
 
 # %% ../nbs/40_callbacks.ipynb #007343d8
 class CarriedCallback(Callback):
@@ -320,7 +324,7 @@ class BesideMetric(Metric):
     @property
     def name(self): return f'{self.metric.name}_ema'
 
-# %% ../nbs/40_callbacks.ipynb #0f4f261d
+# %% ../nbs/40_callbacks.ipynb #82ff8f02
 class BesideCallback(CarriedCallback):
     "Validate a second network, `beside()`, on the batches of the student: one `_ema` column for every metric"
     beside_pred,instead = None,False
@@ -328,7 +332,8 @@ class BesideCallback(CarriedCallback):
     def before_fit(self):
         super().before_fit()
         ours = {m.cb for m in self.learn.metrics if isinstance(m, BesideMetric)}
-        if not self.instead and self not in ours: self.learn.metrics = self.learn.metrics + [BesideMetric(m, self) for m in self.learn.metrics if not isinstance(m, BesideMetric)]
+        if self.instead or self in ours: return
+        self.learn.metrics = self.learn.metrics + [BesideMetric(m, self) for m in self.learn.metrics if not isinstance(m, BesideMetric)]
     def after_pred(self):
         if self.training: return
         net = self.beside()
@@ -391,9 +396,9 @@ def load_state(self:EMACallback, state):
         if self.average is None: self.average = AveragedModel(bare(self.learn.model), multi_avg_fn=_EMA(), use_buffers=True).requires_grad_(False)
         self.average.load_state_dict(state)
 
-# %% ../nbs/40_callbacks.ipynb #aa78f18b
+# %% ../nbs/40_callbacks.ipynb #f87312bd
 class TermMetric(Metric):
-    "Mean over the training batches of an epoch of one term of the game, or of the masks' entropy (1: all images share every pixel; 0: each pixel is of one image)"
+    "Mean of one term of the game, or of `mask_entropy`, over the training batches of an epoch"
     def __init__(self, cb, term): self.cb,self.term = cb,term
     def reset(self): pass
     def accumulate(self, learn): pass
@@ -415,7 +420,7 @@ class GameCallback(MixCallback, BesideCallback):
     def teacher(self): "The averaged network, usually the better one"; return self.game.teacher if self.game is not None else None
     def beside(self): return self.teacher
 
-# %% ../nbs/40_callbacks.ipynb #ea4c705d
+# %% ../nbs/40_callbacks.ipynb #b619603b
 @patch
 def build(self:GameCallback):
     "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` is none of them"
@@ -425,7 +430,8 @@ def build(self:GameCallback):
     net.to(self.dls.device)
     with _unnoticed(dl): x = dl.one_batch()[0][:2].as_subclass(Tensor)
     gen = self.make(net, x, stage=self.stage)
-    self.game = MinMax(net, gen, gen_opt=torch.optim.Adam(gen.parameters(), self.gen_lr), loss_func=self.learn.loss_func, loss_mode=self.loss_mode, **self.kwargs)
+    opt = torch.optim.Adam(gen.parameters(), self.gen_lr)
+    self.game = MinMax(net, gen, gen_opt=opt, loss_func=self.learn.loss_func, loss_mode=self.loss_mode, **self.kwargs)
 
 @patch
 def before_fit(self:GameCallback):
@@ -495,7 +501,7 @@ def after_train(self:GameCallback):
     self.epoch_means = {k: torch.stack(v).mean().item() for k,v in self.sums.items()}
     self.means.append(self.epoch_means)
 
-# %% ../nbs/40_callbacks.ipynb #1b039921
+# %% ../nbs/40_callbacks.ipynb #3d81cc94
 @patch
 def state(self:GameCallback): "What travels with the model"; return {} if self.game is None else self.game.state_dict()|dict(means=self.means)
 
@@ -507,7 +513,9 @@ def load_state(self:GameCallback, state):
         return
     if self.game is None: self.build()
     try: self.game.load_state_dict(state)
-    except (RuntimeError, ValueError) as e: raise ValueError(f'the saved generator is not like this one ({str(e).splitlines()[-1].strip()}): use the stage and settings it was trained with') from e
+    except (RuntimeError, ValueError) as e:
+        why = str(e).splitlines()[-1].strip()
+        raise ValueError(f'the saved generator is not like this one ({why}): use the stage and settings it was trained with') from e
     self.means = list(state['means'])
 
 @patch
@@ -557,7 +565,7 @@ class AdAutoMixCallback(GameCallback):
         super().__init__(partial(AdAutoMixGenerator.for_model, n_mix=n_mix, lam_plane=lam_plane, up=up), stage, gen_lr, p, start, stop, loss_mode,
                          alpha=alpha, beta=beta, objective=objective, gen_every=gen_every, c=beta if c is None else c, ema=ema, bn=bn)
 
-# %% ../nbs/40_callbacks.ipynb #0d98d62b
+# %% ../nbs/40_callbacks.ipynb #0ba578b3
 class AutoMixCallback(GameCallback):
     "AutoMix (ECCV 2022, arXiv 2103.13027): a generator of masks for pairs, trained to help and not to fight"
     def __init__(self,
@@ -573,4 +581,5 @@ class AutoMixCallback(GameCallback):
         stop:float=1.,          # ... to this one
         loss_mode:str=None,     # See `mixed_loss`
     ):
-        super().__init__(partial(AutoMixGenerator.for_model, alpha=alpha, lam_plane=lam_plane, up=up), stage, gen_lr, p, start, stop, loss_mode, objective='automix', ema=ema, bn=bn)
+        super().__init__(partial(AutoMixGenerator.for_model, alpha=alpha, lam_plane=lam_plane, up=up), stage, gen_lr, p, start, stop, loss_mode,
+                         objective='automix', ema=ema, bn=bn)

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['one_sentence', 'parse', 'command', 'show_run', 'train', 'compare', 'there', 'load_any', 'check_floors', 'evaluate',
-           'Stopwatch', 'floor_cost', 'time_steps', 'bench']
+           'Stopwatch', 'LiveTensors', 'floor_cost', 'time_steps', 'bench']
 
-# %% ../nbs/71_cli.ipynb #beffdb99
+# %% ../nbs/71_cli.ipynb #ea6a699e
 import re, sys, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from inspect import signature
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from weakref import finalize
 import pandas as pd, torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 from safetensors.torch import load_file
 from fastai.callback.core import Callback
 from fastai.learner import Learner, load_learner
@@ -101,7 +106,7 @@ def there(path):
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist: give a run folder, a .pkl or a weights file')
     return Path(path)
 
-# %% ../nbs/71_cli.ipynb #ce2d37f2
+# %% ../nbs/71_cli.ipynb #571ebd00
 def load_any(
     path,           # A run folder, a `.pkl` of `learn.export`, or a weights file
     arch=None,      # Architecture for a weights file that doesn't name it
@@ -125,7 +130,9 @@ def load_any(
     net   = get_model(arch, n_classes, c_in, size)
     state = load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
     try: net.load_state_dict({k: v for k,v in state.get('model', state).items() if not k.startswith('advmix.')})   # fastai's `learn.save` wraps them
-    except RuntimeError as e: raise ValueError(f'{path} does not fit {arch} ({str(e).splitlines()[-1].strip()[:120]}): give the --arch and --size it was trained with') from None
+    except RuntimeError as e:
+        why = str(e).splitlines()[-1].strip()[:120]
+        raise ValueError(f'{path} does not fit {arch} ({why}): give the --arch and --size it was trained with') from None
     return net.eval()
 
 # %% ../nbs/71_cli.ipynb #17f59691
@@ -174,30 +181,44 @@ def evaluate(
         print('; '.join(low), file=sys.stderr)
         raise SystemExit(1)
 
-# %% ../nbs/71_cli.ipynb #9c7a97ec
+# %% ../nbs/71_cli.ipynb #c382d227
 class Stopwatch(Callback):
-    "Seconds of every training batch, device work included, and on a GPU its peak memory in MiB"
+    "Seconds of every training batch, device work included"
     run_valid = False
-    def __init__(self): self.seconds,self.memory = [],[]
+    def __init__(self): self.seconds = []
     def now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return perf_counter()
-    def before_train(self):
-        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
-        self.t = self.now()
-    def after_batch(self):
-        self.seconds.append(self.now()-self.t)
-        self.memory.append(torch.cuda.max_memory_allocated()/2**20 if torch.cuda.is_available() else float('nan'))
+    def before_train(self): self.t = self.now()
+    def after_batch(self): self.seconds.append(self.now()-self.t)
 
-# %% ../nbs/71_cli.ipynb #33ddcb0b
+# %% ../nbs/71_cli.ipynb #2084178c
+class LiveTensors(TorchDispatchMode):
+    "Inside, `peak` is the most bytes of tensors alive at once, among those that an operation has touched; what a kernel needs for itself isn't seen"
+    def __init__(self):
+        super().__init__()
+        self.seen,self.now,self.peak = WeakIdKeyDictionary(),0,0
+    def freed(self, n): self.now -= n
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, res)):
+            if not isinstance(t, Tensor) or (s := t.untyped_storage()) in self.seen: continue
+            self.seen[s] = n = s.nbytes()
+            self.now += n
+            finalize(s, self.freed, n)
+        self.peak = max(self.peak, self.now)
+        return res
+
+# %% ../nbs/71_cli.ipynb #e63529ae
 def floor_cost(
     c,          # A `Config`
 )->float:       # In ordinary steps of 3F
     "What a training step cannot cost less than, with K separate attack steps; a generator itself counts as nothing"
-    extra = dict.fromkeys(('pgd','mix_pgd','cutmix_pgd','aom'), 2*c.steps)|dict(iat=2*c.steps+3, automix=6, adautomix=9 if c.n_mix>2 else 6, puzzlemix=2, snapmix=1, attentivemix=1)
+    extra  = dict.fromkeys(('pgd','mix_pgd','cutmix_pgd','aom'), 2*c.steps)
+    extra |= dict(iat=2*c.steps+3, automix=6, adautomix=9 if c.n_mix>2 else 6, puzzlemix=2, snapmix=1, attentivemix=1)
     return (3+extra.get(c.method, 0))/3
 
-# %% ../nbs/71_cli.ipynb #defe4e8f
+# %% ../nbs/71_cli.ipynb #b2b9906d
 def time_steps(
     methods:list,       # Names in `METHODS`, settings may follow as in `variant`
     arch:str='resnet18',# Architecture
@@ -208,20 +229,25 @@ def time_steps(
     device=None,        # A torch device; None is a GPU if there is one
     **kwargs            # Further settings of `Config`
 )->pd.DataFrame:        # One row per method
-    "Median seconds of a training step of each method, taking turns, and its ratio to vanilla and to its floor"
+    "Median seconds of a training step of each method, taking turns, its ratio to vanilla and to its floor, and its peak memory in MiB"
     x,y = torch.rand(bs+1, 3, size, size),torch.arange(bs+1)%10   # only the cost matters
     dls = tensor_dls(x[:bs], y[:bs], x[bs:], y[bs:], x[bs:], y[bs:], bs=bs, vocab=range(10))
     dls.to(torch.device(device or default_device()))
-    configs = {m: variant(m, arch=arch, steps=steps, eps=8/255, **kwargs) for m in dict.fromkeys(['vanilla', *methods])}
-    learners = {m: Learner(dls, get_model(arch, 10, 3, size), loss_func=CrossEntropyLossFlat(), cbs=[*METHODS[c.method](c), Stopwatch()]) for m,c in configs.items()}
-    for _ in range(rounds+1):
-        for learn in learners.values():
-            with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    sec  = {m: median(learn.stopwatch.seconds[1:]) for m,learn in learners.items()}
-    rows = [dict(method=m, seconds=s, vs_vanilla=s/sec['vanilla'], floor=floor_cost(configs[m]), memory=median(learners[m].stopwatch.memory[1:])) for m,s in sec.items()]
-    return pd.DataFrame(rows).assign(vs_floor=lambda d: d.vs_vanilla/d.floor).set_index('method')
+    configs  = {m: variant(m, arch=arch, steps=steps, eps=8/255, **kwargs) for m in dict.fromkeys(['vanilla', *methods])}
+    learner  = lambda c: Learner(dls, get_model(arch, 10, 3, size), loss_func=CrossEntropyLossFlat(), cbs=[*METHODS[c.method](c), Stopwatch()])
+    learners = {m: learner(c) for m,c in configs.items()}
+    live = {m: LiveTensors() for m in learners}
+    for i in range(rounds+2):   # the first round warms up, the last one counts memory
+        for m,learn in learners.items():
+            with learn.no_bar(), learn.no_logging(), live[m] if i>rounds else nullcontext(): learn.fit(1, 1e-3)
+    sec  = {m: median(learn.stopwatch.seconds[1:-1]) for m,learn in learners.items()}
+    cols = dict(seconds=sec, floor={m: floor_cost(c) for m,c in configs.items()}, MiB={m: l.peak/2**20 for m,l in live.items()})
+    res  = pd.DataFrame(cols).rename_axis('method')
+    res.insert(1, 'vs_vanilla', res.seconds/sec['vanilla'])
+    res.insert(3, 'vs_floor',   res.vs_vanilla/res.floor)
+    return res
 
-# %% ../nbs/71_cli.ipynb #0562fe5a
+# %% ../nbs/71_cli.ipynb #73149a68
 @command
 def bench(
     methods:str='mixup,cutmix,pgd,mix_pgd,iat,aom,automix,adautomix,adautomix:n_mix=2', # Methods, separated by commas; vanilla is always among them
@@ -234,6 +260,6 @@ def bench(
 ):
     "Time a training step of each method against a vanilla step and against the floor of its arithmetic"
     res = time_steps([m.strip() for m in methods.split(',')], arch, size, bs, steps, rounds, device)
-    print(f'{arch}, {size} px, batch {bs}, K={steps}, median of {rounds} steps, {torch.get_num_threads()} threads on {device or default_device()}\n')
-    print(res.dropna(axis=1, how='all').round(3).to_string())
+    print(f'{arch}, {size} px, batch {bs}, K={steps}, median of {rounds} steps, {torch.get_num_threads()} threads on {device or default_device()}; MiB: tensors alive at once\n')
+    print(res.round(dict(MiB=0)).round(3).to_string())
     if {'pgd','aom'}<=set(res.index): print(f'\nan AOM step costs {res.seconds["aom"]/res.seconds["pgd"]:.3f} PGD steps')

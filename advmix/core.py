@@ -26,17 +26,20 @@ def check_images(
         raise ValueError(f'{name} lies in [{lo:.3g},{hi:.3g}], not in [0,1]: give pixels, and move any normalisation into the model (`on_pixels`)')
     return x
 
-# %% ../nbs/00_core.ipynb #a3d1c3da
+# %% ../nbs/00_core.ipynb #14e276c3
 def check_labels(
     y:Tensor,               # Labels, `(B,)` integers
     n_classes:int=None,     # How many classes there are, if known
     name:str='y',           # How to call them in the message
 )->Tensor:                  # `y`, unchanged
     "Return `y` if it holds class numbers in `0..n_classes-1`, else `ValueError`"
-    if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point(): raise ValueError(f'{name} must be a tensor of class numbers (B,), got {y.dtype} {tuple(y.shape)}' if isinstance(y, Tensor) else f'{name} must be a tensor of class numbers (B,), got {type(y).__name__}')
-    if y.numel() and (y.min()<0 or (n_classes and y.max()>=n_classes)):
-        raise ValueError(f'{name} holds labels {y.min().item()}..{y.max().item()}, outside 0..{(n_classes or 0)-1}: renumber them from 0, or give the model more outputs'
-                         if n_classes else f'{name} holds negative labels: renumber them from 0')
+    if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point():
+        got = f'{y.dtype} {tuple(y.shape)}' if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f'{name} must be a tensor of class numbers (B,), got {got}')
+    lo,hi = (v.item() for v in y.aminmax()) if y.numel() else (0,0)
+    if n_classes and (lo<0 or hi>=n_classes):
+        raise ValueError(f'{name} holds labels {lo}..{hi}, outside 0..{n_classes-1}: renumber them from 0, or give the model more outputs')
+    if lo<0: raise ValueError(f'{name} holds negative labels: renumber them from 0')
     return y
 
 # %% ../nbs/00_core.ipynb #629d6612
@@ -92,7 +95,7 @@ def _normaliser(loss_func, y):
     c = weight.float()[y.where(valid, y.new_zeros(()))] if weight is not None else torch.ones_like(y, dtype=torch.float)
     return (c*valid).reshape(len(y), -1).mean(1)
 
-# %% ../nbs/00_core.ipynb #5e070721
+# %% ../nbs/00_core.ipynb #8f9c7efb
 def mixed_loss(
     loss_func,          # The user's loss
     pred:Tensor,        # Predictions for the mixed images, `(B,n_classes)`
@@ -105,7 +108,8 @@ def mixed_loss(
     if mode not in (None, 'items', 'soft'): raise ValueError(f"loss_mode {mode!r} unknown: use 'items', 'soft' or None")
     if not isinstance(y, Tensor): raise ValueError(f"targets of type {type(y).__name__} cannot be mixed: use a tensor of class numbers or of floats")
     hard = not y.is_floating_point() and y.ndim<pred.ndim
-    if mode=='soft' or (mode is None and not hard): return _soft_loss(loss_func, pred.to(torch.promote_types(pred.dtype, torch.float32)), soft_labels(y, idx, w, pred.shape[1]))
+    if mode=='soft' or (mode is None and not hard):
+        return _soft_loss(loss_func, pred.to(torch.promote_types(pred.dtype, torch.float32)), soft_labels(y, idx, w, pred.shape[1]))
     w     = w.float()
     total = sum((w[:,n]*item_losses(loss_func, pred, y[idx[:,n]])).sum() for n in range(idx.shape[1]))
     if getattr(getattr(loss_func, 'func', loss_func), 'reduction', 'mean')=='sum': return total

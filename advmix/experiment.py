@@ -99,7 +99,7 @@ class Config:
     def __eq__(self, o): return vars(self)==vars(o)
     def __repr__(self): return 'Config('+', '.join(f'{k}={v!r}' for k,v in vars(self).items())+')'
 
-# %% ../nbs/70_experiment.ipynb #ca86ec67
+# %% ../nbs/70_experiment.ipynb #0983b5f1
 @patch
 def _fill(self:Config):
     "Open settings take the data set's default"
@@ -118,7 +118,8 @@ def _check(self:Config):
     need(0<self.eps<=1, 'eps', 'a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
     for k in 'size epochs bs steps lr alpha'.split(): need(getattr(self, k)>0, k, 'must be positive')
     need(self.amp in ('no','fp16','bf16'), 'amp', 'choose no, fp16 or bf16')
-    need(self.suite in SUITES or set(jobs(self.suite))<=set(JOBS), 'suite', f'choose one of {", ".join(SUITES)}, or some of {", ".join(JOBS)}, separated by commas')
+    need(self.suite in SUITES or set(jobs(self.suite))<=set(JOBS), 'suite',
+         f'choose one of {", ".join(SUITES)}, or some of {", ".join(JOBS)}, separated by commas')
     need(self.n_eval is None or self.n_eval>0, 'n_eval', 'must be positive, or left out for all test images')
     METHODS[self.method](self)   # what the callback refuses is refused here
 
@@ -129,7 +130,7 @@ def to_json(self:Config)->str: "The config as JSON"; return json.dumps(vars(self
 @patch(cls_method=True)
 def from_json(cls:Config, s:str)->Config: "The config of a `config.json`"; return cls(**json.loads(s))
 
-# %% ../nbs/70_experiment.ipynb #c7869c41
+# %% ../nbs/70_experiment.ipynb #9d70f5f1
 class CheckpointCallback(Callback):
     "After each epoch write `history.csv` and all that a later fit needs to go on; `ValueError` if the loss is not a number"
     order = 70   # after Recorder and schedules
@@ -154,19 +155,21 @@ class CheckpointCallback(Callback):
     def after_epoch(self):
         if self.epoch<len(self.rows) or self.recorder.cancel_train: return   # trained before, or cut short
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
-        if not math.isfinite(row['train_loss']): raise ValueError(f'the training loss became {row["train_loss"]} in epoch {self.epoch}: lower the learning rate')
+        loss = row['train_loss']
+        if not math.isfinite(loss): raise ValueError(f'the training loss became {loss} in epoch {self.epoch}: lower the learning rate')
         self.rows.append(row)
         self.store()
 
-# %% ../nbs/70_experiment.ipynb #d653a02b
+# %% ../nbs/70_experiment.ipynb #959545bf
 @patch
 def store(self:CheckpointCallback):
     "Write the checkpoint beside the old one, then replace it: a run killed here loses nothing"
     kind,keys,*rest = np.random.get_state()
-    rng   = dict(python=random.getstate(), numpy=(kind,keys.tolist(),*rest), torch=torch.get_rng_state(), loaders=[dl.rng.getstate() for dl in self.dls.loaders],
-                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    rng   = dict(python=random.getstate(), numpy=(kind,keys.tolist(),*rest), torch=torch.get_rng_state(),
+                 loaders=[dl.rng.getstate() for dl in self.dls.loaders], cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
     opt   = self.opt.state_dict()
-    opt['hypers'] = [{k: v.item() if isinstance(v, np.generic) else v for k,v in h.items()} for h in opt['hypers']]   # schedules leave NumPy numbers, which the safe loader refuses
+    plain = lambda v: v.item() if isinstance(v, np.generic) else v   # schedules leave NumPy numbers, which the safe loader refuses
+    opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
     sm    = self.recorder.smooth_loss   # fastai's training loss is smoothed across epochs
     state = dict(rows=self.rows, model=bare(self.learn.model).state_dict(), opt=opt, rng=rng, smooth=(float(sm.val), sm.count))
     torch.save(state, self.path.with_suffix('.tmp'))
@@ -202,7 +205,7 @@ class Run:
     @property
     def report(self)->Report: return Report.from_json(self.folder/'report.json')
 
-# %% ../nbs/70_experiment.ipynb #d27455be
+# %% ../nbs/70_experiment.ipynb #0c497bac
 def open_folder(
     config:Config,      # The run to be made
     out=None,           # Where; None is `runs/<data>-<method>-<seed>`
@@ -220,7 +223,8 @@ def open_folder(
     r = Run(out)
     diff = [f'{k}={v!r} there, {getattr(config, k)!r} asked' for k,v in vars(r.config).items() if v!=getattr(config, k)]
     if diff: raise FileExistsError(f'{out} holds a different run ({"; ".join(diff)}): choose another folder with out, or overwrite it with force')
-    if (out/'checkpoint.pth').exists() and not (r.finished or resume): raise FileExistsError(f'{out} holds an unfinished run: go on with resume, or start again with force')
+    if (out/'checkpoint.pth').exists() and not (r.finished or resume):
+        raise FileExistsError(f'{out} holds an unfinished run: go on with resume, or start again with force')
     return r
 
 # %% ../nbs/70_experiment.ipynb #ef882994
@@ -329,21 +333,21 @@ def judge(r, nets, dls, progress=True):
     plt.close('all')
     report.to_json(r.folder/'report.json')   # last: its presence says the run is finished
 
-# %% ../nbs/70_experiment.ipynb #03d9cb28
+# %% ../nbs/70_experiment.ipynb #c1986554
 def variant(
     spec:str,   # A method, and settings that differ, such as "aom" or "aom:where=shared:label=distance"
     **settings  # Settings of `Config` common to all
 )->Config:      # The config
     "A config from a method's name with settings behind colons; `ValueError` for a setting that doesn't exist"
     method,*own = spec.strip().split(':')
-    types = Config.__init__.__annotations__
+    types = {k: t for k,t in Config.__init__.__annotations__.items() if k not in ('method','seed')}
     for s in own:
         k,_,v = s.partition('=')
-        if k not in types or k in ('method','seed'): raise ValueError(f'{spec!r}: {k!r} is not a setting, choose among {", ".join(k for k in types if k not in ("method","seed"))}')
+        if k not in types: raise ValueError(f'{spec!r}: {k!r} is not a setting, choose among {", ".join(types)}')
         settings[k] = v in ('1','true','True') if types[k] is bool else types[k](v)
     return Config(method=method, **settings)
 
-# %% ../nbs/70_experiment.ipynb #77342865
+# %% ../nbs/70_experiment.ipynb #6449f91c
 def compare_runs(
     specs:list,         # What to compare, see `variant`
     seeds:int=1,        # How many seeds, from 0
@@ -360,7 +364,8 @@ def compare_runs(
         folder = out/f'{spec.replace(":", ",")}-{seed}'
         if progress: print(f'[{i+1}/{len(todo)}] {spec}, seed {seed}', flush=True)
         r = run(c, folder, device, resume=(folder/'checkpoint.pth').exists() and not force, force=force, progress=False)
-        rows.append(dict(spec=spec, seed=seed, **{o['name']: o['accuracy'] for o in r.report.rows}, **r.history.iloc[-1:].filter(['mask_entropy']).to_dict('records')[0]))
+        last = r.history.iloc[-1].filter(['mask_entropy'])
+        rows.append(dict(spec=spec, seed=seed, **{o['name']: o['accuracy'] for o in r.report.rows}, **last))
     res = pd.DataFrame(rows)
     res.to_json(out/'compare.json', orient='records', indent=1)
     plot_compare(res).savefig(out/'compare.png', dpi=80, bbox_inches='tight')

@@ -50,7 +50,7 @@ def draw(self:MaskGenerator,
     lam = torch.cat([lam, 1-lam], 1) if n==2 else lam.clamp_min(1e-12)
     return idx.to(x.device),(lam/lam.sum(1, keepdim=True)).expand(b, n).to(x.device)
 
-# %% ../nbs/31_generator.ipynb #12e8af74
+# %% ../nbs/31_generator.ipynb #0a2d57ce
 @patch
 def masks(self:MaskGenerator,
     z:Tensor,       # Features of the batch, `(B,c,h,w)`
@@ -60,7 +60,7 @@ def masks(self:MaskGenerator,
 )->Tensor:          # `(B,N,H,W)`, float32 at least; sums to 1 over N
     "Masks for given partners and ratios, differentiable in the generator; `ValueError` if `z` is no feature map"
     if z.ndim!=4 or z[0,0].numel()<2:
-        raise ValueError(f'stage {self.stage!r} gives features {tuple(z.shape)}, no map (B,c,h,w) of more than one place: use an earlier stage or larger images')
+        raise ValueError(f'stage {self.stage!r} gives features {tuple(z.shape)}, no map (B,c,h,w) of several places: use an earlier stage or larger images')
     return to_masks(self.attention(z, idx, lam), size, self.up)
 
 # %% ../nbs/31_generator.ipynb #36d07798

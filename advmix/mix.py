@@ -12,14 +12,15 @@ from torch import Tensor
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/10_mix.ipynb #0b637e71
+# %% ../nbs/10_mix.ipynb #934b993c
 def compose(
     x:Tensor,       # Images, `(B,C,H,W)`
     idx:Tensor,     # Which images are in each mixture, `(B,N)`
     mask:Tensor,    # Each image's share of each pixel, `(B,N,H,W)`
 )->Tensor:          # Mixtures `(B,C,H,W)`, dtype of `x`
     "$x'_i = \\sum_n m_{in} \\odot x_{\\mathrm{idx}_{in}}$; `ValueError` if the mask does not fit the images"
-    if mask.shape!=(*idx.shape, *x.shape[-2:]): raise ValueError(f'mask {tuple(mask.shape)} for idx {tuple(idx.shape)} and images {tuple(x.shape)}: needs (B,N,H,W)')
+    if mask.shape!=(*idx.shape, *x.shape[-2:]):
+        raise ValueError(f'mask {tuple(mask.shape)} for idx {tuple(idx.shape)} and images {tuple(x.shape)}: needs (B,N,H,W)')
     mask = mask.to(x.dtype)   # last, so that geometry is computed in float32 also for half-precision images
     return sum(mask[:,n,None]*x[idx[:,n]] for n in range(idx.shape[1]))
 

@@ -95,7 +95,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path):
 
 def test_bench_prints_ratios(tmp_path):
     r = sh('bench', '--methods', 'pgd,aom', '--arch', 'convnet', '--size', 8, '--bs', 4, '--steps', 1, '--rounds', 1, cwd=tmp_path)
-    assert r.returncode==0 and 'vs_floor' in r.stdout and 'PGD steps' in r.stdout, r.stderr
+    assert r.returncode==0 and 'vs_floor' in r.stdout and 'MiB' in r.stdout and 'PGD steps' in r.stdout, r.stderr
 
 def test_evaluate_a_pkl_and_a_weights_file(tmp_path):
     "What a user of fastai has at hand, with Normalize in the loaders; and bare weights with --arch"

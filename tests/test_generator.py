@@ -158,7 +158,7 @@ class Pooled(nn.Module):
     (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage='layer3'), "'layer3' not found"),
     (lambda x,y,net: AdAutoMixGenerator.for_model(nn.Sequential(nn.Flatten(), nn.Linear(64,10)), x), 'no stages'),
     (lambda x,y,net: AdAutoMixGenerator.for_model(net, x, stage='net.head'), 'not a feature map'),
-    (lambda x,y,net: AdAutoMixGenerator(4, stage=0)(x, y, Pooled()), 'more than one place'),
+    (lambda x,y,net: AdAutoMixGenerator(4, stage=0)(x, y, Pooled()), 'several places'),
     (lambda x,y,net: AdAutoMixGenerator(99)(x, y, net), 'z has 64 channels'),
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=9)(x, y, net), 'n_mix 9 is more than the 6 images'),
     (lambda x,y,net: AutoMixGenerator(64)(x[:1], y[:1], net), 'n_mix 2 is more than the 1 images'),
