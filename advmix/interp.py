@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['grad_cam', 'overlay', 'segment', 'segment_loss', 'gradient_axes', 'plane', 'plot_plane', 'show_mask_history']
 
-# %% ../nbs/60_interp.ipynb #c1712ef2
-import math
+# %% ../nbs/60_interp.ipynb #45d6cc11
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
@@ -15,6 +14,7 @@ from .core import *
 from .models import *
 from .models import _nchw
 from .viz import *
+from .minmax import *
 
 # %% ../nbs/60_interp.ipynb #87ff653f
 @contextmanager
@@ -153,7 +153,7 @@ def plot_plane(
     axs[0,0].set_ylabel('r')
     return axs[0]
 
-# %% ../nbs/60_interp.ipynb #75ce2091
+# %% ../nbs/60_interp.ipynb #e6e82611
 def show_mask_history(
     masks:list,   # Snapshots `(B,N,H,W)`, as in `Mixed.mask`
     steps=None,   # What to call them, e.g. epochs
@@ -162,8 +162,6 @@ def show_mask_history(
     "One row per image, one column per snapshot: the own image's share of each pixel; titles: mean share, entropy; `ValueError` if there are none"
     if not len(masks): raise ValueError('masks is empty: collect `mixed.mask` during training')
     steps,n = range(len(masks)) if steps is None else steps,min(n, len(masks[0]))
-    def title(k, m):
-        entropy = -(m*m.clamp_min(1e-12).log()).sum(1).mean()/math.log(m.shape[1]) if m.shape[1]>1 else 0.
-        return f'{k}\n{m[:,0].mean():.2f}, H {entropy:.2f}'
+    def title(k, m): return f'{k}\n{m[:,0].mean():.2f}, H {mask_entropy(m):.2f}'
     titles = [title(k, m.detach().float()) for k,m in zip(steps, masks)] + ['']*len(masks)*(n-1)
     return show_images([m[i,0] for i in range(n) for m in masks], titles, nrows=n, size=1.3)
