@@ -27,7 +27,7 @@ def test_help_explains_every_argument(cmd, tmp_path):
     assert r.returncode==0 and 'usage' in r.stdout
     if cmd=='train':
         for a in 'method data arch epochs bs lr eps steps seed ema out device amp resume force'.split(): assert f'--{a}' in r.stdout
-        assert 'Radius in pixel units' in ' '.join(r.stdout.split())   # argparse wraps at the width of the terminal
+        assert 'in pixel units' in ' '.join(r.stdout.split())   # argparse wraps at the width of the terminal
 
 def test_asking_again_opens_the_run(home):
     assert sh('train', *small, cwd=home).returncode==0
