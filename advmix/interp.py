@@ -5,24 +5,23 @@
 # %% auto #0
 __all__ = ['grad_cam', 'overlay', 'segment', 'segment_loss', 'gradient_axes', 'plane', 'plot_plane', 'show_mask_history']
 
-# %% ../nbs/60_interp.ipynb #45d6cc11
+# %% ../nbs/60_interp.ipynb #b39bbbb6
 from contextlib import contextmanager
 import torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from torch import nn, Tensor
 from .core import *
 from .models import *
-from .models import _nchw
 from .viz import *
 from .minmax import *
 
-# %% ../nbs/60_interp.ipynb #87ff653f
+# %% ../nbs/60_interp.ipynb #345add16
 @contextmanager
 def _tapped(module):
     "A do-nothing module through which the output of `module` flows as `(B,c,h,w)`; gone afterwards"
     tap = nn.Identity()
     def through(m, i, o):
-        f = _nchw(o, m)
+        f = as_nchw(o, m)
         return tap(f) if f is o else tap(f).permute(0,2,3,1)
     hook = module.register_forward_hook(through)
     try: yield tap

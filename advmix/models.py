@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'Normalize', 'denormalize', 'on_pixels', 'convnet', 'PreActBlock', 'preact_resnet', 'torchvision_net',
-           'get_model', 'stages', 'stage_shapes', 'find_stage', 'features']
+           'get_model', 'stages', 'as_nchw', 'stage_shapes', 'find_stage', 'features']
 
 # %% ../nbs/02_models.ipynb #9ffb4dd9
 from collections import OrderedDict
@@ -192,18 +192,21 @@ def stages(
     if not res: raise ValueError(f'{type(model).__name__} has no stages: neither a sequence of equal blocks nor a Conv2d, so no feature map to tap')
     return res
 
-# %% ../nbs/02_models.ipynb #7c0ef13e
-def _nchw(o, module):
-    "The output of a stage as `(B,c,h,w)`: torchvision's Swin keeps its channels last"
+# %% ../nbs/02_models.ipynb #71e9da42
+def as_nchw(
+    o:Tensor,         # Output of a stage
+    module:nn.Module, # That stage
+)->Tensor:            # `(B,c,h,w)`; `o` itself or a view
+    "The output of a stage with channels second; torchvision's Swin keeps them last"
     swin = any(isinstance(m, (SwinTransformerBlock, PatchMerging, PatchMergingV2)) for m in module.modules())
     return o.permute(0,3,1,2) if swin and o.ndim==4 else o
 
-# %% ../nbs/02_models.ipynb #baad98f6
+# %% ../nbs/02_models.ipynb #ff65b71d
 def _tap(model, x, modules):
     "One forward pass; the outputs of `modules` (name -> module) by name, and the model's"
     if isinstance(model, nn.DataParallel): raise ValueError('a DataParallel model shows each stage only a part of the batch: pass model.module')
     got = {}
-    def keep(name): return lambda m,i,o: got.update({name: _nchw(o, m) if isinstance(o, Tensor) else o})
+    def keep(name): return lambda m,i,o: got.update({name: as_nchw(o, m) if isinstance(o, Tensor) else o})
     hooks = [m.register_forward_hook(keep(n)) for n,m in modules.items()]
     try: return got,model(x)
     finally:
