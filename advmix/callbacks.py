@@ -7,8 +7,8 @@ __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCal
            'BesideMetric', 'BesideCallback', 'EMACallback', 'TermMetric', 'GameCallback', 'AdAutoMixCallback',
            'AutoMixCallback']
 
-# %% ../nbs/40_callbacks.ipynb #11902443
-import math, random
+# %% ../nbs/40_callbacks.ipynb #daa16bc2
+import math
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -22,7 +22,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner, Metric
-from fastai.torch_core import get_model as bare, num_distrib, rank_distrib
+from fastai.torch_core import get_model as bare, get_random_states, num_distrib, rank_distrib, set_random_states
 from .core import *
 from .data import *
 from .models import *
@@ -160,17 +160,15 @@ def after_cancel_batch(self:MixCallback): "Leave no hook behind"; self.disarm()
 @patch
 def after_fit(self:MixCallback): "Leave no hook behind"; self.disarm()
 
-# %% ../nbs/40_callbacks.ipynb #040c6fc9
+# %% ../nbs/40_callbacks.ipynb #8771e601
 @contextmanager
 def _unnoticed(dl):
     "Restore the generators of Python, NumPy, torch and the loader `dl`"
-    state = random.getstate(),np.random.get_state(),dl.rng.getstate()
-    with torch.random.fork_rng():
-        try: yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            dl.rng.setstate(state[2])
+    states,rng = get_random_states(),dl.rng.getstate()
+    try: yield
+    finally:
+        set_random_states(**states)
+        dl.rng.setstate(rng)
 
 # %% ../nbs/40_callbacks.ipynb #aa6f310c
 @patch

@@ -7,8 +7,8 @@ __all__ = ['METHODS', 'DEFAULTS', 'jobs', 'Config', 'CheckpointCallback', 'Run',
            'make_learner', 'print_row', 'run', 'plot_history', 'judge', 'variant', 'compare_runs', 'shown', 'summary',
            'table', 'plot_compare']
 
-# %% ../nbs/70_experiment.ipynb #1fcdc4ac
-import json, math, random, shutil, sys
+# %% ../nbs/70_experiment.ipynb #82d33a74
+import json, math, shutil, sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fastai.callback.schedule import fit_one_cycle   # patches Learner
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import get_model as bare, set_seed
+from fastai.torch_core import get_model as bare, get_random_states, set_random_states, set_seed
 from .core import *
 from .data import *
 from .models import *
@@ -160,18 +160,19 @@ class CheckpointCallback(Callback):
         self.rows.append(row)
         self.store()
 
-# %% ../nbs/70_experiment.ipynb #959545bf
+# %% ../nbs/70_experiment.ipynb #52c6064e
 @patch
 def store(self:CheckpointCallback):
     "Write the checkpoint beside the old one, then replace it: a run killed here loses nothing"
-    kind,keys,*rest = np.random.get_state()
-    rng   = dict(python=random.getstate(), numpy=(kind,keys.tolist(),*rest), torch=torch.get_rng_state(),
-                 loaders=[dl.rng.getstate() for dl in self.dls.loaders], cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    rng   = get_random_states()
+    kind,keys,*rest = rng['numpy_state']
+    rng['numpy_state'] = (kind, keys.tolist(), *rest)   # the safe loader refuses arrays
     opt   = self.opt.state_dict()
     plain = lambda v: v.item() if isinstance(v, np.generic) else v   # schedules leave NumPy numbers, which the safe loader refuses
     opt['hypers'] = [{k: plain(v) for k,v in h.items()} for h in opt['hypers']]
     sm    = self.recorder.smooth_loss   # fastai's training loss is smoothed across epochs
-    state = dict(rows=self.rows, model=bare(self.learn.model).state_dict(), opt=opt, rng=rng, smooth=(float(sm.val), sm.count))
+    state = dict(rows=self.rows, model=bare(self.learn.model).state_dict(), opt=opt, rng=rng, loaders=[dl.rng.getstate() for dl in self.dls.loaders],
+                 smooth=(float(sm.val), sm.count))
     torch.save(state, self.path.with_suffix('.tmp'))
     self.path.with_suffix('.tmp').replace(self.path)
     pd.DataFrame(self.rows).to_csv(self.folder/'history.csv', index=False)
@@ -184,12 +185,8 @@ def restore(self:CheckpointCallback):
     self.opt.load_state_dict(state['opt'])
     val,self.recorder.smooth_loss.count = state['smooth']
     self.recorder.smooth_loss.val = torch.tensor(val)
-    rng = state['rng']
-    random.setstate(rng['python'])
-    np.random.set_state(rng['numpy'])
-    torch.set_rng_state(rng['torch'])
-    if rng['cuda']: torch.cuda.set_rng_state_all(rng['cuda'])
-    for dl,s in zip(self.dls.loaders, rng['loaders']): dl.rng.setstate(s)
+    set_random_states(**state['rng'])
+    for dl,s in zip(self.dls.loaders, state['loaders']): dl.rng.setstate(s)
 
 # %% ../nbs/70_experiment.ipynb #b2c06a57
 class Run:

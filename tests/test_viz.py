@@ -19,7 +19,8 @@ def test_grid(n, nrows, shape): assert show_images(torch.rand(n,1,8,8), [str(i) 
 
 def test_images_take_what_tensors_come_as():
     x = torch.rand(2,3,8,10, requires_grad=True)
-    for o in (x, x.half(), x.transpose(2,3), (x*0).byte(), [a.detach().numpy() for a in x]): show_images(o)
+    for o,side in ((x,(8,10)), (x.half(),(8,10)), (x.transpose(2,3),(10,8)), ((x*0).byte(),(8,10)), ([a.detach().numpy() for a in x],(8,10))):
+        assert [ax.images[0].get_array().shape for ax in show_images(o).flat]==[(*side,3)]*2
 
 def test_titles_and_rows():
     axs = show_images(torch.rand(4,1,8,8), ['a','b'], nrows=2, rows=['up','down'])
