@@ -16,24 +16,30 @@ from .attention import *
 
 # %% ../nbs/31_generator.ipynb #955641f8
 class MaskGenerator(nn.Module):
-    "A Mixer with parameters: masks from the features of a network's stage; `ValueError` for settings that cannot work"
-    blend = False   # masks follow the ratio, but are not the ratio: it can't be differentiated through the image
+    "A Mixer with parameters: masks from the features of a network; `ValueError` for impossible settings"
+    blend = False   # masks follow the ratio, but are not the ratio: it can't be differentiated
     def __init__(self,
         attention:nn.Module,    # Called as `attention(z, idx, lam)`, gives logit maps `(B,N,h,w)`
-        n_mix=2,                # Images in each mixture; several numbers, e.g. (2,3): drawn anew for each batch
+        *,
+        n_mix=2,                # Images in each mixture; several numbers, e.g. (2,3): drawn for each batch
         alpha:float=1.,         # Ratios are drawn from Beta(alpha,alpha)
-        stage=-2,               # Stage of the network whose features are used: number or name; -2 is the last but one
-        up:str='bilinear',      # Enlarge logits by "bilinear" (published for CNNs) or "nearest" (for Swin, DeiT, ConvNeXt)
+        stage=-2,               # Stage of the network, number or name; -2 is the last but one
+        up:str='bilinear',      # Enlarge logits by "bilinear" (CNNs), "nearest" (Swin, ConvNeXt)
         per_sample:bool=False,  # Ratios for each image, or one set for the batch as published
+        lam_margin:float=0.,    # Nearer to 0 or 1 than this, `MinMax` shows the student flat masks
     ):
         super().__init__()
-        self.attention,self.alpha,self.stage,self.up,self.per_sample = attention,float(alpha),stage,up,per_sample
         self.n_mix = tuple(n_mix) if isinstance(n_mix, (tuple,list)) else (n_mix,)
-        if not all(isinstance(n, int) and n>1 for n in self.n_mix): raise ValueError(f'n_mix {n_mix!r}: a mixture needs two images or more')
+        if not all(isinstance(n, int) and n>1 for n in self.n_mix):
+            raise ValueError(f'n_mix {n_mix!r}: a mixture needs two images or more')
         check_positive(alpha=alpha)
         if up not in ('bilinear', 'nearest'): raise ValueError(f"up {up!r} unknown: use 'bilinear' or 'nearest'")
+        if not 0<=lam_margin<.5: raise ValueError(f'lam_margin={lam_margin} is outside [0,0.5)')
+        self.attention,self.alpha,self.stage = attention,float(alpha),stage
+        self.up,self.per_sample,self.lam_margin = up,per_sample,lam_margin
 
-    def extra_repr(self): return f'n_mix={self.n_mix}, alpha={self.alpha}, stage={self.stage!r}, up={self.up!r}'
+    def extra_repr(self):
+        return f'n_mix={self.n_mix}, alpha={self.alpha}, stage={self.stage!r}, up={self.up!r}'
 
 # %% ../nbs/31_generator.ipynb #17d81857
 @patch
@@ -58,9 +64,10 @@ def masks(self:MaskGenerator,
     lam:Tensor,     # Their ratios, `(B,N)`
     size:tuple,     # Image size `(H,W)`
 )->Tensor:          # `(B,N,H,W)`, float32 at least; sums to 1 over N
-    "Masks for given partners and ratios, differentiable in the generator; `ValueError` if `z` is no feature map"
+    "Masks for given partners and ratios, differentiable in the generator; `ValueError` if `z` is no map"
     if z.ndim!=4 or z[0,0].numel()<2:
-        raise ValueError(f'stage {self.stage!r} gives features {tuple(z.shape)}, no map (B,c,h,w) of several places: use an earlier stage or larger images')
+        raise ValueError(f'stage {self.stage!r} gives features {tuple(z.shape)}, no map (B,c,h,w) '
+                         'of several places: use an earlier stage or larger images')
     return to_masks(self.attention(z, idx, lam), size, self.up)
 
 # %% ../nbs/31_generator.ipynb #36d07798
@@ -82,9 +89,12 @@ def forward(self:MaskGenerator,
     y:Tensor=None,          # Not looked at
     model:nn.Module=None,   # The network whose features are used
 )->Mixed:
-    "Mix a batch; `ValueError` if there is no model, if it has no such stage, or if the batch is smaller than a mixture"
-    if model is None: raise ValueError(f'{type(self).__name__} looks at the features of a network: call it as mixer(x, y, model)')
-    if max(self.n_mix)>len(x): raise ValueError(f'n_mix {max(self.n_mix)} is more than the {len(x)} images of the batch: use larger batches or a smaller n_mix')
+    "Mix a batch; `ValueError` without a model or such a stage, or if the batch is smaller than a mixture"
+    if model is None:
+        raise ValueError(f'{type(self).__name__} looks at the features of a network: call it as mixer(x, y, model)')
+    if max(self.n_mix)>len(x):
+        raise ValueError(f'n_mix {max(self.n_mix)} is more than the {len(x)} images of the batch: '
+                         'use larger batches or a smaller n_mix')
     with torch.no_grad(), untouched(model): z,_ = features(model, x, self.stage)
     return self.mix(x, z, *self.draw(x))
 
@@ -97,32 +107,40 @@ def for_model(cls:MaskGenerator,
     stage=-2,           # Number or name of the stage
     **kwargs            # Settings of the generator, such as `n_mix`
 ):                      # A fresh generator on the device of `x`
-    "A generator with as many channels as a stage of `model` has; `ValueError` lists the stages if this one is missing"
+    "A generator with as many channels as a stage of `model` has; `ValueError` lists the stages there are"
     with untouched(model): z,_ = features(model, x[:2], stage)
     return cls(z.shape[1], stage=stage, **kwargs).to(x.device)
 
 # %% ../nbs/31_generator.ipynb #ee62bbd9
 class AdAutoMixGenerator(MaskGenerator):
-    "Mixtures of N images, Eq. 1 and 2 of AdAutoMix, arXiv 2312.11954; `ValueError` for settings that cannot work"
+    "Mixtures of N images, Eq. 1 and 2 of AdAutoMix, arXiv 2312.11954; `ValueError` for impossible settings"
     def __init__(self,
         c_in:int,               # Channels of the stage; `for_model` finds out
-        n_mix=3,                # Images in each mixture; several numbers, e.g. (2,3): drawn anew for each batch
+        *,
+        n_mix=3,                # Images in each mixture; several numbers, e.g. (2,3): drawn for each batch
         alpha:float=1.,         # Ratios are drawn from Beta(alpha,alpha)
         stage=-2,               # Stage of the network: number or name; -2 is the last but one
-        lam_plane:bool=True,    # Let the attention see the ratio; the published code doesn't on CIFAR and Tiny ImageNet
+        lam_plane:bool=True,    # Let the attention see the ratio; published without on CIFAR and Tiny
         relu:bool=False,        # ReLU on queries and keys, as in the published code
         up:str='bilinear',      # Enlarge logits by "bilinear" or "nearest"
         per_sample:bool=False,  # Ratios for each image, or one set for the batch
-    ): super().__init__(MixAttention(c_in, lam_plane, relu), n_mix, alpha, stage, up, per_sample)
+        lam_margin:float=.03,   # Nearer to 0 or 1 than this, `MinMax` shows the student flat masks
+    ):
+        super().__init__(MixAttention(c_in, lam_plane, relu), n_mix=n_mix, alpha=alpha, stage=stage, up=up,
+                         per_sample=per_sample, lam_margin=lam_margin)
 
 # %% ../nbs/31_generator.ipynb #343dfd49
 class AutoMixGenerator(MaskGenerator):
-    "Mixtures of two images with AutoMix's masks, arXiv 2103.13027; `ValueError` for settings that cannot work"
+    "Mixtures of two images with AutoMix's masks, arXiv 2103.13027; `ValueError` for impossible settings"
     def __init__(self,
         c_in:int,               # Channels of the stage; `for_model` finds out
+        *,
         alpha:float=2.,         # Ratios are drawn from Beta(alpha,alpha)
         stage=-2,               # Stage of the network: number or name; -2 is the last but one
         lam_plane:bool=True,    # Let the attention see the ratio
         up:str='nearest',       # Enlarge logits by "bilinear" or "nearest"
         per_sample:bool=False,  # A ratio for each image, or one for the batch
-    ): super().__init__(PairAttention(c_in, lam_plane), 2, alpha, stage, up, per_sample)
+        lam_margin:float=.08,   # Nearer to 0 or 1 than this, `MinMax` shows the student flat masks
+    ):
+        super().__init__(PairAttention(c_in, lam_plane), n_mix=2, alpha=alpha, stage=stage, up=up,
+                         per_sample=per_sample, lam_margin=lam_margin)

@@ -8,16 +8,17 @@ __all__ = ['geometric_weight']
 # %% ../nbs/21_labels.ipynb #6e344cd1
 import torch
 from torch import Tensor
+from .core import *
 
 # %% ../nbs/21_labels.ipynb #8a131a60
 def _projection(p, a, b):
     D = a-b
-    return ((p-b)*D).sum(1)/D.square().sum(1).clamp_min(1e-24)   # our reading of AOM; 0 divided by something where a equals b
+    return ((p-b)*D).sum(1)/D.square().sum(1).clamp_min(1e-24)   # where a equals b, 0 by something
 
 # %% ../nbs/21_labels.ipynb #f964d952
 def _distance(p, a, b):
-    da, db = (p-a).norm(dim=1), (p-b).norm(dim=1)
-    return db/(da+db).clamp_min(1e-12)                           # our reading of AOM
+    da,db = (p-a).norm(dim=1),(p-b).norm(dim=1)
+    return db/(da+db).clamp_min(1e-12)
 
 # %% ../nbs/21_labels.ipynb #6bfcac43
 _rules = dict(projection=_projection, distance=_distance)
@@ -27,13 +28,15 @@ def geometric_weight(
     x_mixed:Tensor,          # Mixtures, attacked or not, `(B,C,H,W)`
     x_a:Tensor,              # The clean images that get the weight, same shape
     x_b:Tensor,              # The clean images that get the rest, same shape
-    rule:str='projection',   # 'projection': foot of the perpendicular on the segment; 'distance': ratio of L2 distances
+    rule:str='projection',   # 'projection': foot of the perpendicular; 'distance': ratio of L2 distances
     lam:Tensor|float=.5,     # Weight where `x_a` equals `x_b`, a number or `(B,)`
 )->Tensor:                   # Label weight of `x_a`, `(B,)` in [0,1], at least float32, without gradient
-    "AOM-style label weight by where `x_mixed` lies between `x_a` and `x_b`; `ValueError` for an unknown rule or shapes that differ"
+    "Label weight by where mixtures lie between their images; `ValueError` for an unknown rule or unequal shapes"
     if rule not in _rules: raise ValueError(f'rule {rule!r} unknown: use one of {", ".join(map(repr, _rules))}')
     if not x_mixed.shape==x_a.shape==x_b.shape:
-        raise ValueError(f'x_mixed {tuple(x_mixed.shape)}, x_a {tuple(x_a.shape)} and x_b {tuple(x_b.shape)} differ: give each mixture its own two images')
-    p,a,b = (t.flatten(1).to(torch.promote_types(t.dtype, torch.float32)) for t in (x_mixed, x_a, x_b))
+        raise ValueError(f'x_mixed {tuple(x_mixed.shape)}, x_a {tuple(x_a.shape)} and x_b {tuple(x_b.shape)} differ: '
+                         'give each mixture its own two images')
+    p,a,b = (at_least_float32(t).flatten(1) for t in (x_mixed, x_a, x_b))
     same  = (a-b).norm(dim=1)<1e-12
-    return torch.where(same, torch.as_tensor(lam).to(p), _rules[rule](p, a, b)).clamp(0, 1)
+    lam   = lam.to(p) if isinstance(lam, Tensor) else p.new_full((), lam)
+    return torch.where(same, lam, _rules[rule](p, a, b)).clamp(0, 1)

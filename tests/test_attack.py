@@ -1,10 +1,13 @@
 "Attacks: closed forms, independent implementations, and the promise to leave no trace"
-import copy, math
+import copy, inspect, math
 from dataclasses import replace
+from functools import partial
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from hypothesis import given, settings, strategies as st
-from advmix.attack import Threat, fgsm, pgd
+from advmix.attack import PGD, Threat, fgsm, pgd
+from advmix.core import trusted
+from advmix.mix import Mixed, as_terms, with_loss
 
 def net(c=1, sz=8, n=10, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
@@ -111,6 +114,34 @@ def test_project_is_inside_idempotent_and_keeps_what_is_inside(eps, norm, seed, 
     assert z.min()>=0 and z.max()<=1
     assert torch.allclose(t.project(x, z), z, atol=1e-12)
 
+def test_the_random_start_is_uniform_in_the_linf_ball():
+    "Every pixel by itself: mean 0, variance eps^2/3, a sixth of the draws in each sixth of the range, nothing outside, neighbours unrelated"
+    x = torch.full((500,2,4,4), .5, dtype=torch.float64)
+    d = (Threat(eps=.2).start(x)-x)/.2
+    n = d.numel()
+    assert d.abs().max()<=1 and d.abs().max()>.999 and abs(d.mean())<4*(1/3/n)**.5 and abs(d.var()-1/3)<4*(4/45/n)**.5
+    share = torch.histc(d, 6, -1, 1)/n
+    assert (share-1/6).abs().max()<4*(5/36/n)**.5
+    a,b = d[:,0,0,0],d[:,0,0,1]
+    assert abs((a*b).mean())<4/3/len(a)**.5 and abs((d.sign().flatten(1)).mean(0)).max()<5/len(x)**.5
+
+def test_the_random_start_is_uniform_in_the_l2_ball():
+    "By volume: P(norm <= r*eps) = r^dim, and the direction has no favourite"
+    x = torch.full((4000,1,1,3), .5, dtype=torch.float64)
+    d = (Threat(eps=.2, norm='l2').start(x)-x).flatten(1)/.2
+    r = d.norm(dim=1)
+    assert r.max()<=1+1e-12
+    for q in (.3,.5,.7,.9): assert abs((r<=q).double().mean()-q**3)<4*(q**3*(1-q**3)/4000)**.5
+    u = d/r[:,None]
+    assert u.mean(0).abs().max()<4/(3*4000)**.5 and (u.T@u/4000-torch.eye(3, dtype=u.dtype)/3).abs().max()<.03
+
+def test_a_wide_start_is_uniform_too_and_off_the_ball():
+    x = torch.full((500,1,4,4), .5, dtype=torch.float64)
+    d = Threat(eps=.1, random_start=2., confine=False).start(x)-x
+    assert d.abs().max()<=.2 and d.abs().max()>.1999 and abs(d.var()-.04/3)<.001
+    half = Threat(eps=.1, random_start=.5).start(x)-x
+    assert half.abs().max()<=.05 and half.abs().max()>.0499
+
 @settings(max_examples=30, deadline=None)
 @given(eps=st.floats(1e-3, 1), norm=st.sampled_from(['linf','l2']), seed=st.integers(0, 99))
 def test_starts_are_inside(eps, norm, seed):
@@ -124,17 +155,18 @@ def test_starts_are_inside(eps, norm, seed):
 def test_ascend_has_length_step_and_survives_a_zero_gradient():
     x,g = torch.rand(4,1,3,3),torch.randn(4,1,3,3)
     g[0] = 0
-    z = Threat(norm='l2', step=.3).ascend(x, g)-x
+    z = Threat(1., norm='l2', step=.3).ascend(x, g)-x
     assert torch.allclose(z.flatten(1).norm(dim=1), torch.tensor([0,.3,.3,.3]), atol=1e-5)
-    z = Threat(norm='linf', step=.3).ascend(x, g)-x
+    z = Threat(1., norm='linf', step=.3).ascend(x, g)-x
     assert torch.allclose(z.abs(), torch.where(g==0, 0., .3), atol=1e-6)
 
 @settings(max_examples=20, deadline=None)
-@given(eps=st.floats(0, 1), step=st.floats(0, 1), steps=st.integers(0, 4), norm=st.sampled_from(['linf','l2']),
-       early=st.booleans(), restarts=st.integers(1, 3), b=st.integers(1, 5))
-def test_every_attack_stays_in_the_ball_and_in_the_pixels(eps, step, steps, norm, early, restarts, b):
+@given(eps=st.floats(0, 1), share=st.floats(0, 2), steps=st.integers(0, 4), norm=st.sampled_from(['linf','l2']),
+       early=st.booleans(), restarts=st.integers(1, 3), b=st.integers(1, 5), direction=st.sampled_from(['gradient','random']))
+def test_every_attack_stays_in_the_ball_and_in_the_pixels(eps, share, steps, norm, early, restarts, b, direction):
     (x,y),m = batch(b),net()
-    z = pgd(m, x, y, Threat(eps=eps, step=step, steps=steps, norm=norm, restarts=restarts), early_stop=early)
+    t = Threat(eps=eps, step=share*eps, steps=steps, norm=norm, restarts=restarts, direction=direction)
+    z = pgd(m, x, y, t, early_stop=early)
     d = (z-x).flatten(1)
     assert z.shape==x.shape and z.min()>=0 and z.max()<=1
     assert (d.abs().amax(1) if norm=='linf' else d.norm(dim=1)).max()<=eps+1e-6
@@ -233,6 +265,19 @@ def test_works_without_grad_and_returns_none():
     with torch.no_grad(): z = pgd(m, x.to(memory_format=torch.channels_last), y)
     assert not z.requires_grad and z.is_contiguous() and z.dtype==torch.float32
 
+def test_the_memory_format_stays():
+    (x,y),m = batch(4, 3),net(3)
+    t = Threat(random_start=False)
+    z = pgd(m, x.to(memory_format=torch.channels_last), y, t)
+    assert z.is_contiguous(memory_format=torch.channels_last) and (z-pgd(m, x, y, t)).abs().max()<=1e-6
+    assert pgd(m, x.flip(-1).transpose(2,3), y, t).is_contiguous()
+
+def test_plain_tensors_come_back_whatever_loss_and_images():
+    from fastai.losses import CrossEntropyLossFlat
+    from fastai.torch_core import TensorImage
+    (x,y),m = batch(),net()
+    for loss in (None, CrossEntropyLossFlat()): assert type(pgd(m, TensorImage(x), y, Threat(steps=1), loss=loss)) is torch.Tensor
+
 def test_frozen_parameters_do_not_stop_it():
     (x,y),m = batch(),net().requires_grad_(False)
     assert not torch.equal(pgd(m, x, y), x)
@@ -258,7 +303,9 @@ def test_half_keeps_the_sign_of_tiny_gradients():
 # --- wrong input: one sentence ---
 
 @pytest.mark.parametrize('kw,word', [(dict(eps=8), '8/255'), (dict(eps=-.1), 'negative'), (dict(eps=math.nan), 'finite'), (dict(eps='1'), 'finite'),
-    (dict(step=-1), 'step'),
+    (dict(step=-1), 'step'), (dict(step=1), 'wide.*0.00784'), (dict(eps=.1, step=.2001, norm='l2'), 'wide'), (dict(bounds=(0,)), 'lowest'),
+    (dict(random_start=2.), 'confine=False'), (dict(random_start='yes'), 'radius'), (dict(random_start=-1.), 'radius'),
+    (dict(direction='down'), 'gradient, random'), (dict(steps=(10,2)), 'first, last'), (dict(steps=(1,2,3)), 'first, last'),
     (dict(steps=1.5), 'whole'), (dict(steps=-1), 'whole'), (dict(norm='l7'), 'linf'), (dict(restarts=0), 'restarts'),
     (dict(restarts=2, random_start=False), 'same'),
     (dict(bounds=(1,0)), 'bounds')])
@@ -269,6 +316,7 @@ def test_impossible_threats_are_refused(kw, word):
 def test_threat_is_frozen_hashable_and_takes_eps_over_four():
     assert Threat()==Threat(eps=8/255, step=2/255) and hash(Threat())==hash(Threat(step=2/255))
     assert Threat(eps=.2).step==.05 and Threat(eps=40., norm='l2').eps==40
+    assert Threat(eps=.1, step=.2).step==.2 and Threat(eps=0, step=.1).step==.1 and Threat(steps=[2,10])==Threat(steps=(2,10))
     with pytest.raises(Exception): Threat().eps = 1
 
 def test_images_that_are_not_pixels_are_refused():
@@ -277,3 +325,126 @@ def test_images_that_are_not_pixels_are_refused():
     with pytest.raises(ValueError, match='255'): pgd(m, (x*255).byte(), y)
     with pytest.raises(ValueError, match='NaN'): pgd(m, x/0*0, y)
     with pytest.raises(ValueError): pgd(m, x, y, bn='train')
+
+def test_logits_and_labels_that_do_not_fit_are_refused_with_a_sentence():
+    (x,y),m = batch(),net()
+    with pytest.raises(ValueError, match='labels 0..10.*more outputs'): pgd(m, x, torch.arange(16).clamp(max=10))
+    with pytest.raises(ValueError, match='labels -1'): pgd(m, x, y-y-1)
+    with pytest.raises(ValueError, match='softmax'): pgd(nn.Sequential(m, nn.Softmax(1)), x, y)
+    with pytest.raises(ValueError, match=r'\(B,n\)'): pgd(nn.Sequential(m, nn.Unflatten(1, (2,5))), x, y)
+    with pytest.raises(ValueError, match='NaN or infinite'): pgd(nn.Sequential(m, nn.Threshold(9., math.inf)), x, y)
+    lf = nn.CrossEntropyLoss(ignore_index=3)   # with a loss of the user's the labels are the user's, too
+    assert torch.equal(pgd(m, x, y*0+3, Threat(random_start=False), loss=lf), x)
+
+# --- one step that does not collapse ---
+
+def test_n_fgsm_is_noise_and_one_step_without_a_way_back():
+    "de Jorge et al. 2022: uniform noise of two radii, a step of one, no projection but valid pixels"
+    (x,y),m = batch(dtype=torch.float64),net(dtype=torch.float64)
+    t = Threat(eps=.1, step=.1, steps=1, random_start=2., confine=False)
+    torch.manual_seed(4)
+    z = pgd(m, x, y, t)
+    torch.manual_seed(4)
+    n = (x+(2*torch.rand_like(x)-1)*.2).clamp(0,1).requires_grad_()
+    g, = torch.autograd.grad(F.cross_entropy(m(n), y, reduction='sum'), n)
+    assert torch.equal(z, (n.detach()+.1*g.sign()).clamp(0,1))
+    assert (z-x).abs().max()>.2 and (z-x).abs().max()<=.3+1e-12 and z.min()>=0 and z.max()<=1
+
+def test_steps_grow_evenly():
+    t = Threat(eps=.1, steps=(2,10))
+    assert [t.at(p/18).steps for p in range(18)]==[s for s in range(2,11) for _ in range(2)] and t.at(1.).steps==10
+    assert t.at(.5)==replace(t, steps=6) and Threat(steps=3).at(.2).steps==3 and Threat(steps=(4,4)).at(0.).steps==4
+    (x,y),m = batch(),net()
+    torch.manual_seed(0); a = pgd(m, x, y, t)
+    torch.manual_seed(0); assert torch.equal(a, pgd(m, x, y, replace(t, steps=10)))   # asked without a moment: the last
+
+# --- the control ---
+
+def test_random_directions_look_at_nothing_and_walk_as_far():
+    (x,y),m = batch(dtype=torch.float64),net(dtype=torch.float64)
+    calls = []
+    h = m.register_forward_hook(lambda *a: calls.append(1))
+    for norm in ('linf','l2'):
+        torch.manual_seed(0); z = pgd(m, .4+.2*x, y, Threat(eps=.3, step=.03, steps=5, norm=norm, random_start=False, direction='random'))
+        d = (z-.4-.2*x).flatten(1)
+        if norm=='linf':
+            k = (d/.03).round()
+            assert (d-.03*k).abs().max()<1e-12 and set(k.unique().tolist())=={-5,-3,-1,1,3,5}
+            assert abs((k**2).mean()-5)<.5 and abs(k.mean())<.3   # five coins
+        else: assert (d.norm(dim=1)<.15).all() and (d.norm(dim=1)>.03).all()
+    h.remove()
+    assert not calls
+
+# --- PGD as a Mixer ---
+
+def flops(f):
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as c: f()
+    return c.get_total_flops()
+
+def test_a_pgd_step_is_2k_plus_3_forwards_and_its_control_3():
+    f,(x,y) = net(3, 16),batch(4, 3, 16)
+    F1 = flops(lambda: f(x))
+    def step(**kw):
+        m = PGD(**kw)(x, y, f)
+        m.loss(F.cross_entropy, f(m.x), y).backward()
+    first = 2*4*16*16*8*27/F1   # the image's gradient of the first layer isn't part of a training step's backward pass
+    for K in (1,5): assert abs(flops(lambda: step(steps=K))/F1-(2*K+3-first))<1e-6
+    assert abs(flops(lambda: step(direction='random'))/F1-(3-first))<1e-6
+
+@pytest.mark.parametrize('loss', [None, F.cross_entropy, nn.CrossEntropyLoss(label_smoothing=.1), nn.CrossEntropyLoss(weight=torch.arange(1.,11)),
+                                  lambda o,y: F.cross_entropy(o, y)], ids=['none','f','smooth','weight','mean'])
+@pytest.mark.parametrize('bn', ['eval','as_is'])
+@pytest.mark.parametrize('norm', ['linf','l2'])
+def test_the_mixer_is_pgd_against_the_loss_per_item(loss, bn, norm):
+    from advmix.core import item_losses
+    (x,y),m = batch(),net().train()
+    eps = dict(linf=.1, l2=1.)[norm]
+    torch.manual_seed(2)
+    want = pgd(m, x, y, Threat(eps, steps=3, norm=norm), loss=loss and partial(item_losses, loss), bn=bn)
+    torch.manual_seed(2)
+    got = with_loss(PGD(eps, steps=3, norm=norm, bn=bn), loss)(x, y, m)
+    assert isinstance(got, Mixed) and torch.equal(got.x, want) and got.mask is None and got.w is got.lam
+    assert torch.equal(got.idx, torch.arange(16)[:,None]) and torch.equal(got.w, torch.ones(16,1)) and as_terms(got)==[(1., got)]
+    assert torch.equal(got.soft(y, 10), F.one_hot(y, 10).float())
+
+def test_the_mixer_passes_its_settings_on():
+    p = PGD(.1, step=.05, steps=(1,3), norm='l2', random_start=2., confine=False, direction='random')
+    assert p.threat==Threat(.1, .05, (1,3), 'l2', 2., confine=False, direction='random') and p.at(.99).threat.steps==3 and p.threat.steps==(1,3)
+    q = PGD()
+    assert q.at(.3) is q and q.threat==Threat() and 'eps' in repr(q)
+    own = PGD(loss=F.cross_entropy)
+    assert with_loss(own, nn.CrossEntropyLoss()) is own and with_loss(q, F.cross_entropy).loss is F.cross_entropy and q.loss is None
+
+def test_defaults_are_those_of_threat_and_pgd():
+    "One default per setting at all doors"
+    p = inspect.signature(PGD).parameters
+    assert len(p)<=12 and all(v.kind==v.KEYWORD_ONLY for k,v in p.items() if k!='eps')
+    t,f = Threat.__dataclass_fields__,inspect.signature(pgd).parameters
+    for k,v in p.items(): assert v.default==(t[k].default if k in t else f[k].default), k
+
+def test_early_stop_gives_the_same_images_until_they_fool(digits):
+    m,x,y = digits
+    torch.manual_seed(0); a = PGD(.1, steps=6, early_stop=True)(x, y, m).x
+    torch.manual_seed(0); b = PGD(.1, steps=6)(x, y, m).x
+    held = m(a).argmax(1)==y
+    assert torch.equal(a[held], b[held]) and not torch.equal(a, b)
+
+def test_clear_errors_of_the_mixer():
+    (x,y),m = batch(),net()
+    with pytest.raises(ValueError, match='with the model'): PGD()(x, y)
+    with pytest.raises(ValueError, match='as_is'): PGD(bn='train')
+    with pytest.raises(ValueError, match='8/255'): PGD(8)
+    with pytest.raises(TypeError): PGD(.1, .1)
+
+def test_trusted_steps_skip_what_reads_values(monkeypatch):
+    "Inside `trusted` no tensor's value reaches Python: neither a number nor a truth"
+    (x,y),m = batch(4, 3),net(3)
+    want = [torch.manual_seed(0), PGD()(x, y, m).x][1]
+    for name in ('item','tolist','__bool__','__float__','__int__','nonzero'):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, **k: pytest.fail(f'a value was read by {name}'))
+    monkeypatch.setattr(torch, 'allclose', lambda *a, **k: pytest.fail('allclose'))
+    torch.manual_seed(0)
+    with trusted(): got = PGD()(x, y, m).x
+    monkeypatch.undo()
+    assert torch.equal(got, want)

@@ -2,21 +2,24 @@
 import pickle, random
 import numpy as np, pytest, torch
 from PIL import Image
-from fastai.vision.all import (DataLoaders, ImageDataLoaders, Learner, Normalize, Resize, TfmdDL, TensorImage, accuracy, aug_transforms, load_learner)
+from fastai.vision.all import (DataLoaders, ImageDataLoaders, Learner, Normalize, Resize, TfmdDL, TensorImage, accuracy,
+    aug_transforms, load_learner)
 from hypothesis import given, settings, strategies as st
-import advmix.data
 from advmix.data import *
+from advmix.data import _CropFlip as CropFlip, _Labelled as Labelled, _MemoryDL as MemoryDL, _stratified as stratified, _ToPixels
+to_pixels = _ToPixels()
 
-def colours(path, n=12, size=16, names=('blue','green','red'), sub='', mode='RGB'):
-    "A folder of noisy images, one colour per class"
-    rng = np.random.RandomState(0)
+def write(path, mode='RGB', size=16, n=12, names=('blue','green','red')):
+    "Image files of one colour per class, as pairs of file and class name"
+    rng,res = np.random.RandomState(0),[]
     for c,name in enumerate(names):
-        (path/sub/name).mkdir(parents=True, exist_ok=True)
+        (path/name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
             im = rng.randint(0, 60, (size,size,3)).astype('uint8')
             im[...,2-c%3] += 150
-            Image.fromarray(im).convert(mode).save(path/sub/name/f'{i:03}.png')
-    return path
+            Image.fromarray(im).convert(mode).save(path/name/f'{i:03}.png')
+            res.append((path/name/f'{i:03}.png', name))
+    return res
 
 # ---------------------------------------------------------------- splits
 
@@ -84,9 +87,9 @@ def test_batches_are_copies():
 
 def test_memory_is_shared_with_new_loaders_of_the_same_data_only():
     dls = digits_dls()
-    dls.valid.everything()
-    assert dls.valid.new()._kept is dls.valid._kept
-    assert dls.valid.new(dls.train.dataset)._kept is None
+    split_tensors(dls, 'valid')   # reads through a loader of its own
+    assert dls.valid._kept and dls.valid.new()._kept is dls.valid._kept
+    assert dls.valid.new(dls.train.dataset)._kept==[]
 
 def test_digits_enlarged():
     x,_ = digits_dls(size=20).one_batch()
@@ -133,6 +136,59 @@ def test_labels_beyond_the_vocabulary():
     with pytest.raises(ValueError, match='outside 0..1'): tensor_dls(x, y, vocab=['a','b'])
     with pytest.raises(ValueError, match='x_test lies in'): tensor_dls(x, y, x_test=x-1, y_test=y)
 
+@pytest.mark.parametrize('bad', [[1,2], 'gpu', 0.5])
+def test_in_memory_is_one_of_three(bad):
+    with pytest.raises(ValueError, match='use True, False or .device.'): tensor_dls(*arrays(), in_memory=bad)
+
+def test_names_of_class_numbers():
+    x,y = arrays()
+    dls = tensor_dls(x, y, x_test=x, y_test=y, names=['cat','dog','owl','ant'], vocab=['owl','ant','dog','cat','bee'])
+    assert list(dls.vocab)==['owl','ant','dog','cat','bee'] and dls.c==5
+    assert split_tensors(dls)[1].tolist()==[[3,2,0,1][i] for i in y]
+    with pytest.raises(ValueError, match=r"classes \['ant'\] are not among those the network knows, \['owl', 'dog', 'cat'\]"):
+        tensor_dls(x, y, names=['cat','dog','owl','ant'], vocab=['owl','dog','cat'])
+    few = y<3   # a class that is known and absent is no fault
+    assert tensor_dls(x[few], y[few], names=['cat','dog','owl','ant'], vocab=['owl','dog','cat']).c==3
+
+# ---------------------------------------------------------------- items
+
+def test_items_are_files_pictures_or_arrays(tmp_path):
+    files = write(tmp_path, n=6)
+    pics  = [(Image.open(f),c) for f,c in files]
+    array = [(np.array(im),c) for im,c in pics]
+    a,b,c = (split_tensors(item_dls(o, bs=4)) for o in (files,pics,array))
+    assert torch.equal(a[1],b[1]) and torch.allclose(a[0],b[0]) and torch.equal(b[0],c[0])
+
+def test_items_with_a_vocabulary(tmp_path):
+    files = write(tmp_path, n=6)
+    dls = item_dls(files[:12], files[12:15], files[15:], vocab=['red','black','green','blue'])
+    assert [[dls.vocab[i] for i in split_tensors(dls, w)[1]] for w in ('valid','test')]==[['red']*3]*2
+    with pytest.raises(ValueError, match=r"classes \['red'\] are not among those the training images have"):
+        item_dls(files[:12], files[12:15], files[15:])
+
+def test_unreadable_files_are_named_together(tmp_path, monkeypatch):
+    files = write(tmp_path)
+    whole = files[3][0].read_bytes()
+    files[0][0].write_bytes(b'no picture')
+    files[3][0].write_bytes(whole[:len(whole)//2])   # a transfer that broke off
+    files[30][0].write_bytes(b'')
+    for kw in (dict(in_memory=True), dict(in_memory=False), dict(size=8), dict(size=8, in_memory=False)):
+        with pytest.raises(ValueError, match=r'000.png \(Unid.*003.png \(.*006.png \(Unid.*cannot be read as images: remove or'):
+            dls = item_dls(files, bs=4, **kw)
+            dls = [dl.new(num_workers=min(1, dl.fake_l.num_workers)) for dl in dls.loaders]
+            for dl in dls: list(dl)
+    for f,_ in files[:20]: f.write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='and 11 more cannot be read') as e: item_dls(files)
+    assert str(e.value).count('.png')==10
+    learn = Learner(tensor_dls(*arrays()), torch.nn.Flatten())   # a fault that is not the files' stays as it is
+    with pytest.raises(Exception) as e, learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert 'cannot be read' not in str(e.value)
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    files = write(tmp_path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)   # the files have 256
+    with pytest.raises(ValueError, match=r'000.png \(too many pixels\).*cannot be read'): item_dls(files)
+
 # ---------------------------------------------------------------- pictures
 
 def test_to_pixels_takes_a_picture_however_it_comes():
@@ -147,6 +203,27 @@ def test_photos():
     assert ps.shape==(3,3,64,64) and type(ps) is torch.Tensor and 0<=ps.min() and ps.max()<=1
     assert torch.equal(photos(64, 2), ps[:2]) and (ps.std((1,2,3))>.1).all()
 
+# ---------------------------------------------------------------- on the device
+
+def test_images_on_the_device_are_the_same(tmp_path):
+    "On a GPU the batches are cut there; here the device is the CPU, and every number must be as without"
+    files = write(tmp_path)
+    def batches(in_memory):
+        torch.manual_seed(0); random.seed(0)
+        dls = item_dls(files, bs=8, augment=True, in_memory=in_memory)
+        return [t for _ in range(2) for b in dls.train for t in b]+list(split_tensors(dls))
+    for a,b in zip(batches(True), batches('device')): assert torch.equal(a,b) and type(a) is type(b)
+
+def test_what_is_kept_follows_the_device():
+    dls = tensor_dls(*arrays(), in_memory='device')
+    dls.valid.everything()
+    dls.to(torch.device('meta'))   # a device without numbers: only where things are can be asked
+    x,y = next(iter(dls.valid))
+    assert x.device.type==y.device.type=='meta' and dls.valid.everything()[0].device.type=='meta'
+    dls = tensor_dls(*arrays(), in_memory=True)
+    dls.to(torch.device('meta'))
+    assert dls.valid.everything()[0].device.type=='cpu'
+
 # ---------------------------------------------------------------- augmentation
 
 def test_crop_flip_chooses_rows_and_columns():
@@ -156,7 +233,8 @@ def test_crop_flip_chooses_rows_and_columns():
     out = CropFlip(2)(x, split_idx=0).as_subclass(torch.Tensor)
     seen = [next(k for k,c in enumerate(could) if torch.equal(c,o)) for o in out]
     assert len(set(seen))>35 and .3<np.mean([k%2 for k in seen])<.7
-    seen = [next(k for k,c in enumerate(could) if torch.equal(c,o)) for o in CropFlip(2, flip=False)(x, split_idx=0).as_subclass(torch.Tensor)]
+    out = CropFlip(2, flip=False)(x, split_idx=0).as_subclass(torch.Tensor)
+    seen = [next(k for k,c in enumerate(could) if torch.equal(c,o)) for o in out]
     assert all(k%2==0 for k in seen)
 
 def test_crop_flip_is_for_training_and_reproducible():
@@ -166,110 +244,16 @@ def test_crop_flip_is_for_training_and_reproducible():
     assert CropFlip()(x.half(), split_idx=0).dtype==torch.half
 
 def test_evaluation_never_augments(tmp_path):
-    dls = folder_dls(colours(tmp_path), bs=4)
+    dls = item_dls(write(tmp_path), bs=4, augment=True)
     a,b = split_tensors(dls, 'train'),split_tensors(dls, 'train')
     assert torch.equal(a[0],b[0]) and not torch.equal(next(iter(dls.train))[0].sort(0)[0], next(iter(dls.train))[0].sort(0)[0])
     stored = dls.train.everything()[0].as_subclass(torch.Tensor)/255
     assert torch.allclose(a[0], stored)
 
-# ---------------------------------------------------------------- folders
-
-def names(dls, i): return {f'{p.parent.name}/{p.name}' for p in dls[i].dataset.items}
-
-def test_folder_without_parts(tmp_path):
-    dls = folder_dls(colours(tmp_path, 20), bs=8)
-    assert [len(dl.dataset) for dl in dls.loaders]==[42,6,12] and list(dls.vocab)==['blue','green','red']
-    assert all((split_tensors(dls, w)[1].bincount()==n).all() for w,n in (('train',14),('valid',2),('test',4)))
-    assert not names(dls,0)&names(dls,1) and not names(dls,0)&names(dls,2) and not names(dls,1)&names(dls,2)
-    assert names(folder_dls(tmp_path, seed=5),2)==names(dls,2)
-    x,y = split_tensors(dls)
-    assert x.shape==(12,3,16,16) and (x.mean((2,3)).argmax(1)==2-y).all()   # the right label on the right image
-
-@pytest.mark.parametrize('subs,sizes', [
-    (('train','valid','test'),(36,36,36)), (('train','val','test'),(36,36,36)), (('train','test'),(32,4,36)),
-    (('train','validation'),(28,36,8)), (('train',),(24,4,8))])
-def test_folder_with_parts(tmp_path, subs, sizes):
-    for s in subs: colours(tmp_path, 12, sub=s)
-    (tmp_path/'extras'/'grey').mkdir(parents=True)
-    Image.new('RGB', (4,4)).save(tmp_path/'extras'/'grey'/'0.png')
-    dls = folder_dls(tmp_path, bs=8)
-    assert tuple(len(dl.dataset) for dl in dls.loaders)==sizes and 'grey' not in dls.vocab
-    for i,s in enumerate(('train','val','test')):
-        if any(o.startswith(s) for o in subs): assert all(p.relative_to(tmp_path).parts[0].startswith(s) for p in dls[i].dataset.items)
-
-def test_folder_sizes_and_modes(tmp_path):
-    colours(tmp_path/'big', 6, size=300)
-    colours(tmp_path/'grey', 6, mode='L')
-    Image.new('RGBA', (40,20), 'red').save(tmp_path/'grey'/'red'/'wide.png')
-    assert folder_dls(tmp_path/'big', bs=2).one_batch()[0].shape==(2,3,224,224)
-    assert folder_dls(tmp_path/'big', bs=2, size=24).one_batch()[0].shape==(2,3,24,24)
-    assert split_tensors(folder_dls(tmp_path/'grey', bs=2), 'train')[0].shape[1:]==(3,16,16)
-
-def test_folder_in_memory_or_not(tmp_path):
-    colours(tmp_path)
-    a,b = (folder_dls(tmp_path, bs=8, in_memory=m, augment=False) for m in (True,False))
-    assert type(a.train) is MemoryDL and type(b.train) is TfmdDL
-    b.loaders = [dl.new(num_workers=0) for dl in b.loaders]
-    assert torch.equal(split_tensors(a)[0], split_tensors(b)[0])
-
-def test_n_train_is_stratified(tmp_path):
-    dls = folder_dls(colours(tmp_path, 20), n_train=12)
-    assert split_tensors(dls, 'train')[1].bincount().tolist()==[4,4,4] and len(dls[2].dataset)==12
-
-def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match='does not exist'): folder_dls(tmp_path/'nowhere')
-    with pytest.raises(ValueError, match='no images'): folder_dls(tmp_path)
-    colours(tmp_path, names=('red',))
-    with pytest.raises(ValueError, match="single class, 'red'"): folder_dls(tmp_path)
-    colours(tmp_path)
-    (tmp_path/'red'/'000.png').write_bytes(b'no picture')
-    dls = folder_dls(tmp_path, size=8)
-    with pytest.raises(ValueError, match='000.png cannot be read as an image .*remove or replace'): [dl.everything() for dl in dls.loaders]
-
-def test_test_folder_with_a_class_of_its_own(tmp_path):
-    colours(tmp_path, sub='train'); colours(tmp_path, sub='test', names=('blue','purple'))
-    with pytest.raises(ValueError, match="class 'purple', which the training images lack"): folder_dls(tmp_path)
-    colours(tmp_path/'b', sub='train'); (tmp_path/'b'/'test').mkdir()
-    Image.new('RGB', (4,4)).save(tmp_path/'b'/'test'/'0.png')   # unlabelled
-    with pytest.raises(ValueError, match="class 'test'"): folder_dls(tmp_path/'b')
-
-# ---------------------------------------------------------------- by name
-
-def test_cifar_layouts(tmp_path, monkeypatch):
-    for s in ('train','test'):
-        colours(tmp_path/'c10', sub=s)
-        colours(tmp_path/'c100', sub=f'{s}/primary')   # CIFAR-100 has a super class in between
-    got = []
-    monkeypatch.setattr(advmix.data, 'untar_data', lambda url: (got.append(url), tmp_path/('c100' if '100' in url else 'c10'))[1])
-    for name in ('cifar10','cifar100'):
-        dls = get_dls(name, bs=4, size=16)
-        assert list(dls.vocab)==['blue','green','red'] and [len(dl.dataset) for dl in dls.loaders]==[32,4,36]
-    assert len(set(got))==2
-    assert cifar_dls(path=tmp_path/'c10', n_train=9, size=16).train_ds[0][0].shape==(3,16,16)
-
-def test_cifar_out_of_reach(monkeypatch):
-    def offline(url): raise OSError('no network')
-    monkeypatch.setattr(advmix.data, 'untar_data', offline)
-    with pytest.raises(ValueError, match='CIFAR-10 is neither in the cache of fastai nor within reach'): get_dls('cifar10')
-    with pytest.raises(ValueError, match='CIFAR-10 and CIFAR-100'): cifar_dls(11)
-
-def test_get_dls(tmp_path):
-    colours(tmp_path/'f')
-    x,y = arrays()
-    np.savez(tmp_path/'a.npz', x_train=x, y_train=y, vocab=list('abcd'))
-    assert get_dls().c==10 and get_dls('digits', size=16).one_batch()[0].shape[-1]==16
-    assert get_dls(str(tmp_path/'f'), bs=4).c==3 and get_dls(tmp_path/'f', bs=4, size=8).one_batch()[0].shape[-1]==8
-    assert list(get_dls(tmp_path/'a.npz').vocab)==list('abcd')
-    for bad in ('mnist', tmp_path/'nowhere', tmp_path/'f'/'red'/'000.png'):
-        with pytest.raises(ValueError, match='use digits, cifar10, cifar100, a folder'): get_dls(bad)
-    with pytest.raises(ValueError, match='leave size out'): get_dls(tmp_path/'a.npz', size=4)
-    np.savez(tmp_path/'b.npz', x=x, y_train=y)
-    with pytest.raises(ValueError, match='it needs x_train and y_train'): get_dls(tmp_path/'b.npz')
-
 # ---------------------------------------------------------------- back to pixels
 
 def test_stats_are_found_and_undone(tmp_path):
-    colours(tmp_path)
+    write(tmp_path)
     mean,std = [.2,.4,.6],[.1,.2,.3]
     kw = dict(valid_pct=.5, seed=0, bs=4, num_workers=0, item_tfms=Resize(16))
     plain = ImageDataLoaders.from_folder(tmp_path, **kw)
@@ -324,12 +308,13 @@ def test_show_export_load_predict(tmp_path):
     loaded,(x,y) = load_learner(tmp_path/'d.pkl'),split_tensors(dls)
     with loaded.no_bar():
         want = loaded.model(x[:1]).argmax(1).item()
-        for o in (x[0], x[0,0].numpy(), Image.fromarray((x[0,0]*255).byte().numpy())): assert loaded.predict(o)[:2]==(str(want), torch.tensor(want))
+        for o in (x[0], x[0,0].numpy(), Image.fromarray((x[0,0]*255).byte().numpy())):
+            assert loaded.predict(o)[:2]==(str(want), torch.tensor(want))
         p,_ = loaded.get_preds(dl=loaded.dls.test_dl(list(x)))
         assert torch.allclose(p, loaded.model(x).softmax(1), atol=1e-5)
 
 def test_predict_from_files(tmp_path):
-    dls = folder_dls(colours(tmp_path/'c'), bs=8)
+    dls = item_dls(write(tmp_path/'c'), bs=8, augment=True)
     learn = Learner(dls, torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3,3)), path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(20, .1)
     learn.export('f.pkl')

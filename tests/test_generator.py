@@ -73,8 +73,9 @@ def test_ratio_laws():
     assert abs(AutoMixGenerator(4, per_sample=True).draw(torch.zeros(20000,1))[1][:,0].std()-.05**.5)<.01   # Beta(2,2)
     assert {AdAutoMixGenerator(4, n_mix=(2,3)).draw(torch.zeros(4,1))[0].shape[1] for _ in range(30)}=={2,3}
 
-@pytest.mark.parametrize('arch,h,w,stage', [('resnet18',32,32,-2), ('resnet18',224,160,2), ('resnext50',32,32,-2), ('preact_resnet18',32,24,'stage2'),
-                                            ('swin_t',64,64,2), ('swin_t',64,64,'features.6'), ('convnext_t',64,96,-2), ('wrn34_10',8,8,-1)])
+@pytest.mark.parametrize('arch,h,w,stage', [
+    ('resnet18',32,32,-2), ('resnet18',224,160,2), ('resnext50',32,32,-2), ('preact_resnet18',32,24,'stage2'),
+    ('swin_t',64,64,2), ('swin_t',64,64,'features.6'), ('convnext_t',64,96,-2), ('wrn34_10',8,8,-1)])
 def test_any_backbone(arch, h, w, stage):
     net = get_model(arch, 10, size=min(h,w)).eval()
     x,y = data(2, 3, h, w)
@@ -92,13 +93,13 @@ def test_leaves_no_trace(fail):
     net.net.stage1.eval()
     net.net.head.weight.requires_grad_(False)
     net(x).sum().backward()
-    state = lambda: ([m.training for m in net.modules()],[p.requires_grad for p in net.parameters()],[t.clone() for t in net.state_dict().values()],
-                     [None if p.grad is None else p.grad.clone() for p in net.parameters()],x.clone())
+    state = lambda: [*(m.training for m in net.modules()), *(p.requires_grad for p in net.parameters()), x.clone(),
+                     *(t.clone() for t in net.state_dict().values()), *(None if p.grad is None else p.grad.clone() for p in net.parameters())]
     before = state()
     if fail:
         with pytest.raises(RuntimeError): gen(torch.rand(6,5,8,8), y, net)
     else: gen(x, y, net).x.sum().backward()
-    for a,b in zip(before, state()): assert all((s is None and t is None) or (torch.equal(s,t) if torch.is_tensor(s) else s==t) for s,t in zip(a,b))
+    for a,b in zip(before, state()): assert torch.equal(a, b) if torch.is_tensor(a) else a is b
     assert not any(len(m._forward_hooks) for m in net.modules())
 
 def test_masks_carry_a_gradient_to_the_generator_only():
@@ -167,6 +168,7 @@ class Pooled(nn.Module):
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=(2,1)), 'two images or more'),
     (lambda x,y,net: AdAutoMixGenerator(64, n_mix=2.5), 'two images or more'),
     (lambda x,y,net: AdAutoMixGenerator(64, alpha=0.), 'must be a positive number'),
+    (lambda x,y,net: AdAutoMixGenerator(64, lam_margin=.6), r'lam_margin=0.6 is outside'),
     (lambda x,y,net: AutoMixGenerator(64, up='cubic'), "'bilinear' or 'nearest'")])
 def test_faults(f, msg):
     with pytest.raises(ValueError, match=msg): f(*data(), small())
