@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['autoattack']
 
-# %% ../nbs/51_autoattack.ipynb #6c666e1e
+# %% ../nbs/51_autoattack.ipynb #ab09dac2
 import hashlib, json, logging, math, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -151,7 +151,7 @@ def _key(model, x, y, job):
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if v.numel() else b'')
     return h.hexdigest()
 
-# %% ../nbs/51_autoattack.ipynb #9238bc1b
+# %% ../nbs/51_autoattack.ipynb #8c4988ce
 @patch
 def left(self:_State, k, job):
     "What attack number `k` gets to see `(N,)`"
@@ -200,7 +200,7 @@ def _cascade(net, x, y, s, job, n_classes, save, bar):
         s.stage,s.pos = s.stage+1,0
         save()
 
-# %% ../nbs/51_autoattack.ipynb #d47b2d8c
+# %% ../nbs/51_autoattack.ipynb #055fd94f
 class _Bar:
     "Progress in forward passes; what remains is at most what stands times the passes per image"
     def __init__(self, show):
@@ -234,7 +234,7 @@ def _saver(s, path):
         took = at-t
     return save
 
-# %% ../nbs/51_autoattack.ipynb #5cb574bd
+# %% ../nbs/51_autoattack.ipynb #b11bbfac
 def _square_helped(s, job):
     "A sentence if Square found more than attacks that follow gradients should leave"
     if 'square' not in job.attacks or len(job.attacks)<2: return []

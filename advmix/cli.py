@@ -19,7 +19,8 @@ from .config import *
 def _in_shell(text, f):
     "A message with the arguments of `f` as one types them in a shell"
     names = '|'.join(signature(f).parameters)
-    return re.sub(rf'(?<![\w.-])({names})=(True\b)?', lambda m: f'--{m[1].replace("_", "-")}' + ('' if m[2] else ' '), text).replace('  ', ' ')
+    typed = lambda m: f'--{m[1].replace("_", "-")}' + (' ' if m[2] is None else '')
+    return re.sub(rf'(?<![\w.-])({names})=(True\b|(?=[\s,;:)]|$))?', typed, ' '.join(text.split()))
 
 # %% ../nbs/71_cli.ipynb #07c0a071
 _remedies = {errno.ENOSPC: 'free some space, the same command goes on', errno.EFBIG: 'free some space, the same command goes on',
@@ -28,9 +29,8 @@ _remedies = {errno.ENOSPC: 'free some space, the same command goes on', errno.EF
 
 def _sentence(e):
     "What to tell a user about an exception, None if it is a bug"
-    if isinstance(e, OSError) and e.errno:
-        return ': '.join(str(o) for o in (e.filename, e.strerror, _remedies.get(e.errno)) if o)
-    if isinstance(e, (ValueError, OSError)): return ' '.join(str(e).split())
+    if isinstance(e, OSError) and e.errno: return ': '.join(str(o) for o in (e.filename, e.strerror, _remedies.get(e.errno)) if o)
+    if isinstance(e, (ValueError, OSError)): return str(e)
     if isinstance(e, MemoryError) or type(e).__name__=='OutOfMemoryError' or "can't allocate memory" in str(e):
         return 'out of memory: use smaller batches (bs=), images (size=) or a smaller network (arch=)'
 
@@ -41,7 +41,7 @@ def _one_sentence(f):
     name = Path(sys.argv[0]).name
     try: yield
     except KeyboardInterrupt as e:
-        print('\n'+_in_shell(f'{name}: interrupted{": " if str(e) else ""}{e}', f), file=sys.stderr)
+        print(f'\n{name}: '+_in_shell(f'interrupted{": " if str(e) else ""}{e}', f), file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as e:
         if not (says := _sentence(e)): raise
@@ -63,6 +63,8 @@ def _parse(f, argv):
     p,same = _parser(f)
     p.prog = Path(sys.argv[0]).name
     got = vars(p.parse_args([re.sub('^--[^=]+', lambda m: same.get(m[0].replace('-', '_'), m[0]), a) for a in argv]))
+    for k,v in got.items():
+        if isinstance(v, list): p.error(f'argument {k}: expected a value')   # argparse makes an empty list of --eps=--
     return {k: v for k,v in got.items() if k in signature(f).parameters}
 
 def command(
@@ -127,7 +129,7 @@ def compare(
         for name,(_,c) in Config.sweep(specs, seeds, **kwargs).items(): print(c.command('--out', f'{out}/{name}', '--resume'))
         return
     from advmix.experiment import compare_runs, table
-    if collect: specs,out = None,collect
+    if collect is not None: specs,out = None,collect
     res = compare_runs(specs, seeds, out, _device(device), jobs, force, **kwargs)
     print(f'\naccuracy in percent{", mean ± standard deviation over seeds" if res.seed.nunique()>1 else ""}\n')
     print(table(res).to_string())

@@ -179,5 +179,5 @@ def sweep(cls:Config,
 )->dict:            # Name -> `(spec, Config)`
     "A config for each spec and seed; `ValueError` before the first epoch if any of them is wrong"
     specs = dict.fromkeys(s.strip() for s in specs)
-    if not isinstance(seeds, int) or seeds<1: raise ValueError(f'seeds={seeds!r}: must be a positive whole number')
+    if not isinstance(seeds, int) or not 0<seeds<=1000: raise ValueError(f'seeds={seeds!r}: must be a whole number from 1 to 1000')
     return {f'{re.sub("[^A-Za-z0-9_.=+-]", ",", s)}-{i}': (s, cls.from_spec(s, seed=i, **settings)) for s in specs for i in range(seeds)}

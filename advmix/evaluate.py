@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from fastcore.basics import patch
 from .core import *
 from .attack import *
-
-# %% ../nbs/50_evaluate.ipynb #6f72d752
-def _margin_loss(logits, y):
-    "The best wrong logit minus the right one `(B,)`: $-f_6$ of Carlini & Wagner, arXiv 1608.04644"
-    return logits.scatter(1, y[:,None], -math.inf).amax(1)-logits.gather(1, y[:,None])[:,0]
+from .guide import *
 
 # %% ../nbs/50_evaluate.ipynb #e390b976
 class _Pass(torch.autograd.Function):
@@ -193,7 +189,7 @@ def fooled(self:_Probe, x, z, y, eps, norm):
 ATTACKS = dict(
     fgsm   = fgsm,
     pgd    = partial(pgd, early_stop=True),
-    margin = partial(pgd, loss=_margin_loss, early_stop=True),
+    margin = partial(pgd, loss=margin_loss, early_stop=True),
     noise  = lambda model,x,y,threat: replace(threat, random_start=True).start(x))   # what chance alone can do
 
 # %% ../nbs/50_evaluate.ipynb #2a05f34c

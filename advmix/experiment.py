@@ -139,7 +139,8 @@ def _make(name, config, out, device, force, threads):
 
 def _made(tasks, jobs):
     "Results of `_make` as they come, some at a time"
-    if jobs==1: return (_make(*o, None) for o in tasks)
+    jobs = min(jobs, len(tasks))
+    if jobs<2: return (_make(*o, None) for o in tasks)
     from joblib import Parallel, delayed, parallel_config
     threads = max(1, (os.cpu_count() or 1)//jobs)
     with parallel_config('loky', n_jobs=jobs, inner_max_num_threads=threads):
@@ -147,11 +148,12 @@ def _made(tasks, jobs):
 
 def _collected(out, progress=True):
     "A row for each finished run in a folder"
-    runs = [Run(p.parent) for p in sorted(Path(out).glob('*/config.json'))]
-    rest = [r.folder.name for r in runs if not r.finished]
-    if progress and rest: print(f'not finished: {", ".join(rest)}', flush=True)
+    runs,rest = [],[]
+    for p in sorted(Path(out).glob('*/config.json')):
+        with suppress(FileNotFoundError): (runs if Run(p.parent).finished else rest).append(Run(p.parent))
+    if progress and rest: print(f'not finished: {", ".join(r.folder.name for r in rest)}', flush=True)
     spec = lambda r: r.folder.name.removesuffix(f'-{r.config.seed}').replace(',', ':')
-    return [_row(r, spec(r)) for r in runs if r.finished]
+    return [_row(r, spec(r)) for r in runs]
 
 # %% ../nbs/70_experiment.ipynb #6449f91c
 def compare_runs(

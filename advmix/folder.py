@@ -7,7 +7,7 @@ __all__ = ['write_file', 'save_model', 'load_model', 'Run']
 
 # %% ../nbs/69_folder.ipynb #9c2252d6
 import io, json, math, os, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
@@ -35,9 +35,9 @@ def write_file(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except OSError:
-        tmp.unlink(missing_ok=True)
-        raise
+    except OSError as e:
+        with suppress(OSError): tmp.unlink()
+        raise OSError(e.errno, e.strerror, str(path)) from None
     _sync_folder(path.parent)
 
 def _sync_folder(path):
@@ -202,7 +202,7 @@ def model(self:Run,
 ):                      # As from `load_model`
     "The trained network; `FileNotFoundError` if training isn't finished"
     path = self.folder/('model_ema.safetensors' if ema else 'model.safetensors')
-    if not path.exists() and self.unfinished: raise FileNotFoundError(f'{self.folder} is unfinished: go on with resume=True')
+    if not path.exists() and self.unfinished: raise FileNotFoundError(f'{self.folder} is unfinished: train it to the end first')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
     return load_model(path, vocab)
 
@@ -229,9 +229,8 @@ def find(cls:Run,
     return r
 
 def _others(folder):
-    "Names in `folder` that no run has made"
-    ours = {f+end for f in _FILES for end in ('','.tmp')}
-    return [p.name for p in folder.iterdir() if p.name not in ours] if folder.is_dir() else []
+    "Names in a folder without settings of ours; what a run that was killed early leaves doesn't count"
+    return [p.name for p in folder.iterdir() if p.name not in [f'{f}.tmp' for f in _FILES]] if folder.is_dir() else []
 
 # %% ../nbs/69_folder.ipynb #3e302648
 def _check_replaceable(out):

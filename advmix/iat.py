@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['IAT']
 
-# %% ../nbs/24_iat.ipynb #45c64cb7
+# %% ../nbs/24_iat.ipynb #4a6048d2
 import copy
 from torch import Tensor, nn
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from .core import *
 from .mix import *
 from .attack import *
 
-# %% ../nbs/24_iat.ipynb #e0169e6b
+# %% ../nbs/24_iat.ipynb #f0676334
 class IAT:
-    "Interpolated adversarial training, arXiv 1906.06784, a Mixer of two terms; takes every setting of `PGD`"
+    "Interpolated adversarial training, arXiv 1906.06784: a Mixer of two terms; takes every setting of `PGD`"
     @delegates(PGD)
     def __init__(self,
         eps:float=8/255,    # Radius of the ball, in pixels
@@ -25,38 +26,29 @@ class IAT:
     ):
         self.attack,self.mixer = PGD(eps, **kwargs),MixUp(alpha)
 
-    def __repr__(self): return f'IAT(alpha={self.mixer.alpha}, attack={self.attack})'
-
     def __call__(self,
         x:Tensor,               # Images `(B,C,H,W)`, pixels in [0,1]
         y:Tensor,               # Labels
         model:nn.Module=None,   # The network to attack: pixels in, logits out
-    )->list:                    # `[(.5, clean mixture), (.5, mixture of attacked images)]`
-        "Two mixtures with ratios and partners of their own; `ValueError` if there is no model or `x` isn't in pixels"
+    )->list:                    # `[(.5, mixture of clean images), (.5, mixture of attacked images)]`
+        "Mix `x`, and mix it attacked; `ValueError` if there is no model or `x` isn't in pixels"
         if model is None: raise ValueError('IAT attacks a network: call it with the model, IAT(...)(x, y, model)')
         clean = self.mixer(x, y, model)
         return [(.5, clean), (.5, self.mixer(self.attack(x, y, model).x, y, model))]
 
-# %% ../nbs/24_iat.ipynb #e04992e2
-from fastcore.basics import patch
+    def __repr__(self): return f'IAT(alpha={self.mixer.alpha}, attack={self.attack})'
+
+# %% ../nbs/24_iat.ipynb #713e8412
+@patch
+def with_loss(self:IAT, loss):
+    "A copy whose attack climbs `loss`, unless it was given one"
+    bound = copy.copy(self)
+    bound.attack = with_loss(self.attack, loss)
+    return bound
 
 @patch
-def _with(self:IAT, attack):
-    if attack is self.attack: return self
-    res = copy.copy(self)
-    res.attack = attack
-    return res
-
-@patch
-def with_loss(self:IAT,
-    loss,           # The loss one trains with
-)->IAT:             # A copy that climbs it, unless a loss was given
-    "Bind `loss=None` to the loss of a training"
-    return self._with(with_loss(self.attack, loss))
-
-@patch
-def at(self:IAT,
-    progress:float, # Share of the training that is done, in [0,1]
-)->IAT:             # A copy with the number of steps of that moment
-    "This mixer at one moment of a training; itself unless `steps` grow"
-    return self._with(self.attack.at(progress))
+def at(self:IAT, progress:float):
+    "A copy for the moment when this share of a training is done: `steps=(2,10)` grows evenly"
+    now = copy.copy(self)
+    now.attack = self.attack.at(progress)
+    return now

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCallback']
 
-# %% ../nbs/40_loop.ipynb #3998c256
+# %% ../nbs/40_loop.ipynb #51687608
 import inspect
 from contextlib import contextmanager, nullcontext
 from numbers import Real
@@ -27,7 +27,7 @@ from .attack import *
 from .aom import *
 from .iat import *
 
-# %% ../nbs/40_loop.ipynb #a5c88de2
+# %% ../nbs/40_loop.ipynb #4627b734
 class _Pixels:
     "From what the `DataLoaders` give to pixels and back; nothing to do where they give pixels"
     def __init__(self, dls): self.stats,self.net,self.wrapped = pixel_stats(dls),None,None
@@ -47,14 +47,14 @@ class _Pixels:
         if self.net is not net: self.net,self.wrapped = net,on_pixels(net, *(self.stats or ()))
         return self.wrapped
 
-# %% ../nbs/40_loop.ipynb #4687f6bd
+# %% ../nbs/40_loop.ipynb #cdecc3bd
 def _autocast(learn, x):
     "An autocast like the one `MixedPrecision` will open for this batch, or nothing"
     mp = getattr(learn, 'mixed_precision', None)
     if mp is None or x.device.type!='cuda': return nullcontext()   # as in fastai: on a CPU it stays off
     return torch.autocast('cuda', dtype=torch.bfloat16 if mp.amp_mode.value=='bf16' else torch.float16)
 
-# %% ../nbs/40_loop.ipynb #778896f9
+# %% ../nbs/40_loop.ipynb #d8f4d475
 def _as_mixer(m):
     "`m` as something to call on a batch: a name and a list are looked up; `TypeError` for what isn't a mixer"
     if isinstance(m, str): return MIXES[m]()
@@ -75,12 +75,15 @@ def _check_company(cb):
     if isinstance(cb.learn.model, nn.DataParallel):
         raise ValueError('nn.DataParallel copies the model at each batch: use learn.distrib_ctx() instead')
 
-def _check_classes(y, loss_func, n=None):
-    "`ValueError` if there are class numbers below 0, or from `n` up, that the loss doesn't ignore"
+@torch.no_grad()
+def _check_classes(x, y, model, loss_func):
+    "`ValueError` if `model` has no output for some class number, and the loss doesn't ignore it"
     if y.ndim!=1 or y.is_floating_point() or y.dtype==torch.bool: return
+    with untouched(model): out = model(x[:1])
+    n = out.shape[1] if out.ndim==2 and out.shape[1]>1 else None   # one output: a loss such as BCE
     check_labels(y[y!=getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)], n, 'the targets')
 
-# %% ../nbs/40_loop.ipynb #a7e024df
+# %% ../nbs/40_loop.ipynb #8100e6d0
 def _pixels_as_items(t): return t.movedim(1, -1).flatten(0, -2)[...,None,None]   # (B,C,H,W) -> (B*H*W,C,1,1)
 
 def _term_loss(m, loss_func, pred, y, mode):
@@ -99,7 +102,7 @@ def _term_loss(m, loss_func, pred, y, mode):
                          'use a cross-entropy, such as CrossEntropyLossFlat(axis=1)')
     return mixed_loss(loss_func, each, target, idx, share, mode)
 
-# %% ../nbs/40_loop.ipynb #ee9a229c
+# %% ../nbs/40_loop.ipynb #e4cf3217
 @contextmanager
 def _unnoticed(dl):
     "Restore the generators of Python, NumPy, torch and the loader `dl`"
@@ -112,7 +115,7 @@ def _unnoticed(dl):
         if rng: dl.rng.setstate(rng)
         for g,s in own: g.set_state(s)
 
-# %% ../nbs/40_loop.ipynb #a5d636b5
+# %% ../nbs/40_loop.ipynb #0c0f7ad6
 class _Guard:
     "While a mixer waits inside the network, let it mix the loop's own pass and no other"
     def __init__(self, cb=None):
@@ -124,7 +127,7 @@ class _Guard:
         self.passes += 1
         if self.passes>1 or (num_distrib()<2 and inputs[0] is not self.cb.learn.xb[0]): self.cb.disarm()
 
-# %% ../nbs/40_loop.ipynb #ff1fb7b7
+# %% ../nbs/40_loop.ipynb #097b0f45
 class MixCallback(Callback):
     "Train on what `mixer` makes of each batch; `ValueError` beside another mixing callback or if images are not in [0,1]"
     order,run_valid,checked = 5,False,False
@@ -196,7 +199,7 @@ class MixCallback(Callback):
         x,y = self.space.decode(self.clean[0]),self.yb[0].as_subclass(Tensor)
         with trusted(self.checked), _autocast(self.learn, x):
             x = check_images(x, 'the training batch').clamp(0,1)
-            if not self.checked: _check_classes(y, self.learn.loss_func)
+            if not self.checked and len(self.clean)==1: _check_classes(x, y, self.pixel_model(), self.learn.loss_func)
             self.terms = self.mix(x, y, self.pixel_model())
         shown,*rest = self.inputs(self.mixed)
         self.learn.xb = (shown.as_subclass(type(self.xb[0])), *rest)
@@ -207,8 +210,6 @@ class MixCallback(Callback):
         "`RuntimeError` if a mix inside the network did not happen in the pass it was meant for"
         if self.disarm():
             raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
-        if self.terms and not self.checked and self.pred.ndim==2 and self.pred.shape[1]>1:
-            _check_classes(self.yb[0].as_subclass(Tensor), self.learn.loss_func, self.pred.shape[1])
 
     def after_loss(self):
         "Replace the loss by that of the mixed labels; the `Learner`'s loss function stays where it is"
@@ -245,7 +246,7 @@ class MixCallback(Callback):
     def after_cancel_batch(self): "Leave no hook behind"; self.disarm()
     def after_fit(self): "Leave no hook behind"; self.disarm()
 
-# %% ../nbs/40_loop.ipynb #bf18b5ee
+# %% ../nbs/40_loop.ipynb #c23b8863
 @patch
 def show_mix(self:Learner,
     n:int=4,    # How many images
@@ -260,7 +261,7 @@ def show_mix(self:Learner,
     cb.disarm()
     return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
 
-# %% ../nbs/40_loop.ipynb #82fffb67
+# %% ../nbs/40_loop.ipynb #a01615cc
 class MixedAccuracy(Metric):
     "Mean label weight of the predicted class; plain accuracy where nothing is mixed. For `Recorder(train_metrics=True)`"
     def reset(self): self.total,self.count = 0.,0
@@ -278,7 +279,7 @@ class MixedAccuracy(Metric):
     @property
     def name(self): return 'mixed_accuracy'
 
-# %% ../nbs/40_loop.ipynb #f4ad7828
+# %% ../nbs/40_loop.ipynb #47b5c489
 def _shell(mixer, eps, settings):
     "`mixer(eps, ...)`, and the settings that are left for `MixCallback`"
     names = inspect.signature(MixCallback).parameters.keys()-inspect.signature(mixer).parameters.keys()

@@ -137,15 +137,17 @@ def mix(self:MinMax,
         z,clean = features(self.teacher.net, x, gen.stage)
     with torch.set_grad_enabled(turn): probe = gen.mix(x, z, *gen.draw(x))
     if self.reversed: mixed = replace(probe, x=reverse(probe.x, self.c), mask=probe.mask.detach())
-    else: mixed = self._own_mix(x, z, *gen.draw(x, probe.idx.shape[1]))
+    else: mixed = self._own_mix(x, z, probe)
     if learns: self.batch = SimpleNamespace(x=x, clean=clean, mixed=mixed, probe=probe if turn else None)
     return mixed
 
 # %% ../nbs/32_minmax.ipynb #bb052ff1
 @patch
 @torch.no_grad()
-def _own_mix(self:MinMax, x, z, idx, lam):
+def _own_mix(self:MinMax, x, z, probe):
     "The student's mixtures in the published codes; flat where the first ratio is near to 0 or 1"
+    idx,lam = self.generator.draw(x, probe.idx.shape[1])
+    if self.objective=='released' and idx.shape[1]>2: lam = probe.lam   # published: one ratio for both, except for pairs
     gen,first = self.generator,lam[:,:1,None,None]
     mask = gen.masks(z, idx, lam, x.shape[-2:])
     live = (first>gen.lam_margin) & (first<=1-gen.lam_margin)

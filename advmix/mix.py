@@ -97,8 +97,10 @@ def rand_lam(
     n:int,          # How many draws
 )->Tensor:          # `(n,)` float32 in [0,1], on the CPU
     "Draws from $\\mathrm{Beta}(\\alpha,\\alpha)$ by torch's CPU generator: one seed, one mixture, on every device"
-    a = torch.tensor(float(alpha), dtype=torch.float32 if alpha>.01 else torch.float64)   # float32 would underflow
-    return torch.distributions.Beta(a, a).sample((n,)).float()
+    if alpha>.01: return torch.distributions.Beta(*torch.full((2,), float(alpha))).sample((n,))
+    a = torch.tensor(float(alpha), dtype=torch.float64)
+    g = torch.distributions.Gamma(a+1, torch.ones_like(a)).sample((n,2)).log() + torch.rand(n, 2, dtype=a.dtype).log()/a
+    return torch.sigmoid(g[:,0]-g[:,1]).float()
 
 # %% ../nbs/10_mix.ipynb #a74d7422
 def rand_pairs(

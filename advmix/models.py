@@ -89,7 +89,7 @@ def stages(
         if all(hasattr(k, 'blocks') for k in m): res |= {f'{n}.{k}':v for k,v in m.named_children()}
         else: res[n] = m
     if not res: res = {n:m for n,m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    if not res: raise ValueError(f'{type(model).__name__} has no stages: neither sequences of equal blocks nor a Conv2d')
+    if not res: raise ValueError(f'{type(model).__name__} has no stages: no sequence of equal blocks, no Conv2d')
     return res
 
 # %% ../nbs/02_models.ipynb #71e9da42
@@ -212,10 +212,12 @@ def _torchvision_net(name, n_classes, c_in, size, small_stem, pretrained):
     _swap(net, lambda m: isinstance(m, nn.Conv2d), 0, partial(_stem, c_in=c_in, small=small_stem, size=size))
     if small_stem and hasattr(net, 'maxpool'): net.maxpool = nn.Identity()
     if pretrained and n_classes!=1000:
-        _swap(net, lambda m: getattr(m, 'out_features', 0)==1000, -1, lambda o: nn.Linear(o.in_features, n_classes))
+        last = lambda m: 1000 in (getattr(m, 'out_features', 0), getattr(m, 'out_channels', 0))
+        _swap(net, last, -1, lambda o: nn.Linear(o.in_features, n_classes) if isinstance(o, nn.Linear) else
+                                       nn.Conv2d(o.in_channels, n_classes, 1))   # SqueezeNet ends so
     return net
 
-# %% ../nbs/02_models.ipynb #60ed376a
+# %% ../nbs/02_models.ipynb #74fe6b3c
 def _timm_net(name, n_classes, c_in, size, pretrained):
     "timm's network of that name; `ValueError` if there is none, or no timm"
     try: import timm
@@ -253,13 +255,13 @@ def get_model(
     elif arch.startswith('timm:'): net = _timm_net(arch[5:], n_classes, c_in, size, pretrained)
     elif make in torchvision.models.list_models(module=torchvision.models):
         net = _torchvision_net(make, n_classes, c_in, size, small_stem, pretrained)
-    else: raise ValueError(f'arch {arch!r} unknown: use one of {", ".join(ARCHS)}, the name of a classification network '
-                           'of torchvision, or timm: and the name of one of timm')
+    else: raise ValueError(f'arch {arch!r} unknown: use one of {", ".join(ARCHS)}, the name of a classification '
+                           'network of torchvision, or timm: and the name of one of timm')
     stats = dict(mean=.5, std=.25)
     if pretrained and c_in==3:   # timm's networks know their own
         stats = dict(mean=[.485,.456,.406], std=[.229,.224,.225]) | getattr(net, 'default_cfg', {})
     norm = Normalize(stats['mean'] if mean is None else mean, stats['std'] if std is None else std)
     for k,v in norm.named_buffers():
         if v.numel() not in (1,c_in):
-            raise ValueError(f'{k} has {v.numel()} numbers for images of {c_in} channels: give one, or one per channel')
+            raise ValueError(f'{k} has {v.numel()} numbers for images of {c_in} channels: give one or {c_in}')
     return nn.Sequential(OrderedDict(norm=norm, net=net))

@@ -6,7 +6,6 @@
 __all__ = ['contrast_map', 'SaliencyMix', 'AttentiveMix', 'SnapMix']
 
 # %% ../nbs/12_saliency.ipynb #2217d176
-from weakref import WeakKeyDictionary, ref
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .core import *
@@ -63,9 +62,10 @@ class SaliencyMix:
         return from_mask(x, box_mask(box, h, w, x.device), lam, idx)
 
 # %% ../nbs/12_saliency.ipynb #ce15a6f9
-def _for(model, x):
-    "`x` in the type of the model's weights, for a model in half precision or images in it"
-    return x.detach().to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
+def _for(model, x, size=None):
+    "`x` in the type of the model's weights, for a model in half precision or images in it; enlarged if there is a `size`"
+    x = x.detach().to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
+    return F.interpolate(x, (size,size), mode='bilinear') if size else x
 
 def _no_model(who, arg):
     return ValueError(f'{who} looks through a model: call mixer(x, y, model), or give {who}({arg}=...); these need none: '
@@ -74,9 +74,7 @@ def _no_model(who, arg):
 # %% ../nbs/12_saliency.ipynb #03148bce
 def _stage_map(model, x, size=None):
     "Channel mean of the last feature map, `(B,h,w)`, from a forward pass that leaves no trace"
-    z = _for(model, x)
-    if size: z = F.interpolate(z, (size,size), mode='bilinear')
-    with torch.no_grad(), untouched(model): return features(model, z, -1)[0].float().mean(1)
+    with torch.no_grad(), untouched(model): return features(model, _for(model, x, size), -1)[0].float().mean(1)
 
 # %% ../nbs/12_saliency.ipynb #ea1fd67f
 class AttentiveMix:
@@ -114,32 +112,28 @@ def _headless(model):
                       'give SnapMix(cam=...), or use another mix, such as cutmix or saliencymix')
 
 def _last_map(model, x):
-    "From one forward pass: the last linear layer, what it was given, and the last map with as many channels, with its module"
+    "From one forward pass: the last map with as many channels as the last linear layer has inputs, what that was given, its weights"
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not heads: raise _headless(model)
-    head,got = heads[-1],dict(given=None, map=None, by=None)
+    head,got = heads[-1],{}
     def keep(m, i, o):
+        wide = isinstance(o, Tensor) and o.ndim==4 and o.shape[1]==head.in_features
+        if wide and o.shape[2:].numel()>1: got['map'] = o
         if m is head: got['given'] = i[0]
-        if isinstance(o, Tensor) and o.ndim==4 and o.shape[1]==head.in_features and o.shape[2:].numel()>1: got.update(map=o, by=m)
     hooks = [m.register_forward_hook(keep) for m in model.modules()]
     try: model(x)
     finally:
         for h in hooks: h.remove()
-    return head,got
+    return got.get('map'),got.get('given'),head.weight.detach()
 
 # %% ../nbs/12_saliency.ipynb #d17c16c7
-_seen = WeakKeyDictionary()   # linear layer -> the module whose map it is given the average of
-
-def _class_map(model, x, y):
+def _class_map(model, x, y, size=None):
     "Class activation map `(B,h,w)`, from a forward pass that leaves no trace; `ValueError` if the network has none"
-    with torch.no_grad(), untouched(model): head,got = _last_map(model, _for(model, x))
-    f,p = got['map'],got['given']
+    with torch.no_grad(), untouched(model): f,p,weight = _last_map(model, _for(model, x, size))
     if f is None or p is None or p.ndim!=2: raise _headless(model)
     f,p = f.float(),p.float()
-    if _seen.get(head, lambda: None)() is not got['by']:
-        if (f.mean((2,3))-p).abs().max()>.02*p.abs().max(): raise _headless(model)   # .02: half precision
-        _seen[head] = ref(got['by'])
-    return torch.einsum('bchw,bc->bhw', f.relu(), head.weight.detach().float()[y])
+    if not trusted.now() and (f.mean((2,3))-p).abs().max()>.02*p.abs().max(): raise _headless(model)   # .02: half precision
+    return torch.einsum('bchw,bc->bhw', f.relu(), weight.float()[y])
 
 # %% ../nbs/12_saliency.ipynb #fdd04321
 def _shares_of(cam, h, w):
@@ -157,7 +151,7 @@ def _snap(x, partner, s, box1, box2):
     out  = x.clone()
     part = x[:,:,t2:b2,l2:r2][partner].float()
     out[:,:,t:b,l:r] = F.interpolate(part, (b-t,r-l), mode='bilinear', align_corners=True).to(x.dtype)
-    covered,shown = s[:,t:b,l:r].sum((1,2)),s[:,t2:b2,l2:r2].sum((1,2))[partner]
+    covered,shown = s[:,t:b,l:r].sum((1,2)),s[partner,t2:b2,l2:r2].sum((1,2))
     return out,torch.stack([1-covered, shown], 1).clamp(0,1)
 
 # %% ../nbs/12_saliency.ipynb #9ddda12f
@@ -168,9 +162,11 @@ class SnapMix:
         beta:float=5.,          # Both ratios are drawn from Beta(beta,beta)
         cam=None,               # A frozen network, or a function `(x, y) -> (B,h,w)`; None: the model in training
         released:bool=False,    # Count pairs of one class double, as the published code does
+        size:int=None,          # Side to enlarge the images to for the network, e.g. 224 if trained on ImageNet
     ):
         check_positive(beta=beta)
-        self.beta,self.cam,self.released = beta,cam,released
+        self.beta,self.released = beta,released
+        self.cam,self.size      = cam,size
         self.needs_model = cam is None
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
@@ -183,8 +179,8 @@ class SnapMix:
         boxes = rand_box(lam, h, w).tolist()   # on the CPU: no waiting for the device
         idx   = rand_pairs(x)
         if any(t>=b or l>=r for t,b,l,r in boxes): return Mixed.unmixed(x)
-        s      = _shares_of(_class_map(look, x, y) if isinstance(look, nn.Module) else look(x, y), h, w)
-        out,wt = _snap(x, idx[:,1], s, *boxes)
+        s      = _class_map(look, x, y, self.size) if isinstance(look, nn.Module) else look(x, y)
+        out,wt = _snap(x, idx[:,1], _shares_of(s, h, w), *boxes)
         if self.released: wt = torch.where((y==y[idx[:,1]])[:,None], wt.sum(1, keepdim=True), wt)
         lam    = torch.stack([lam[0], 1-lam[1]]).to(x.device, non_blocking=True)
         return Mixed(out, idx, wt, None, lam.expand(len(x), 2))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sanity', 'sanity']
 
-# %% ../nbs/52_sanity.ipynb #63c16ffd
+# %% ../nbs/52_sanity.ipynb #78315f5f
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from .attack import *
 from .evaluate import *
 from .autoattack import *
 
-# %% ../nbs/52_sanity.ipynb #2216aa90
+# %% ../nbs/52_sanity.ipynb #81bbd48d
 def _excess(k, n, share):
     "Are `k` of `n` more than chance explains, if `share` of them were to be expected? One-sided, at 1 %"
     from scipy.stats import binom   # here, because it takes a while to import
@@ -29,7 +29,7 @@ def _weaker(strong, weak):
     more,less = (strong&~weak).sum().item(),(weak&~strong).sum().item()
     return more-less>.02*len(weak) and _excess(more, more+less, .5)
 
-# %% ../nbs/52_sanity.ipynb #c7ba2bd9
+# %% ../nbs/52_sanity.ipynb #36a97ae4
 class _Averaged(nn.Module):
     "A random network's mean over `k` draws"
     def __init__(self, net, k): super().__init__(); self.net,self.k = net,k
@@ -40,7 +40,7 @@ class _Company(nn.Module):
     def __init__(self, net, others): super().__init__(); self.net,self.others = net,others
     def forward(self, x): return self.net(torch.cat([x, self.others.to(x)]))[:len(x)]
 
-# %% ../nbs/52_sanity.ipynb #7626bb1d
+# %% ../nbs/52_sanity.ipynb #57286607
 _margin = ATTACKS['margin'].keywords['loss']
 
 class _Case:
@@ -71,7 +71,7 @@ class _Case:
         every = [Verdict('clean', self.clean, self.x), *(v for (_,e),v in self.verdicts.items() if e is None)]
         return Verdict.worst(every)
 
-# %% ../nbs/52_sanity.ipynb #c1a68e64
+# %% ../nbs/52_sanity.ipynb #1b6eee2b
 def _spread(logits): return (logits.amax(1)-logits.amin(1)).clamp(min=1e-12)
 
 def _deterministic(c):
@@ -92,7 +92,7 @@ def _zero_eps(c):
     other = (c.under('pgd', 2, eps=0)!=c.clean).sum().item()
     return moved+other==0, f'radius 0 moves {moved} pixels and changes {other} verdicts', 'the network keeps a state'
 
-# %% ../nbs/52_sanity.ipynb #4d84808f
+# %% ../nbs/52_sanity.ipynb #9a9a92cf
 def _gradients(c):
     n = (c.grad(_margin, c.x).flatten(1).abs().amax(1)==0).sum().item()
     why = f' ({c.net.blind})' if c.net.blind else ''
@@ -126,7 +126,7 @@ def _continuous(c):
     return not _excess(n, len(x), .05), f'an invisible change ({t:g} per pixel) moves the logits of {n} of {len(x)} images', \
         'the network jumps: it quantises the image, or draws noise from it'
 
-# %% ../nbs/52_sanity.ipynb #79fed219
+# %% ../nbs/52_sanity.ipynb #24a569e6
 def _order(c):
     f,p = c.tried('fgsm', ATTACKS['fgsm']),c.under('pgd', 10)
     return not _weaker(p, f), f'FGSM leaves {f.sum()}, PGD-10 {p.sum()} of {len(f)}', \
@@ -143,7 +143,7 @@ def _large_eps(c):
     return not _excess(s, len(c.y), min(1, most+.05)), f'radius {e:.3g} leaves {s} of {len(c.y)}, chance is {most:.0%}', \
         'every image can be turned into the same grey there, yet the attack fails: it cannot use the gradients'
 
-# %% ../nbs/52_sanity.ipynb #31900184
+# %% ../nbs/52_sanity.ipynb #a037f344
 def _beyond(c, left, who):
     "Did an attack without gradients fool more of what gradients left than an honest network allows?"
     w = c.white()
@@ -171,7 +171,7 @@ def _black_box(c):
     left = c.tried('square', _square(c.queries, c.seed), only=c.white())
     return *_beyond(c, left, f'Square ({c.queries} queries)'), 'an attack that sees no gradients beats those that do: they are masked'
 
-# %% ../nbs/52_sanity.ipynb #c3e8444e
+# %% ../nbs/52_sanity.ipynb #db075ce1
 def _losses(c):
     p,m = c.under('pgd', 50).sum().item(),c.under('margin', 50).sum().item()
     return not _excess(p-m, p, .1), f'cross entropy leaves {p}, the margin {m} of {len(c.x)}', \
@@ -191,10 +191,10 @@ def _autoattack(c, verdict):
     return not _weaker(verdict.stands, w), f'PGD leaves {w.sum()}, AutoAttack {verdict.stands.sum()} of {len(w)}', \
         'AutoAttack is weaker than PGD: look at its flags'
 
-# %% ../nbs/52_sanity.ipynb #86384869
+# %% ../nbs/52_sanity.ipynb #0d75d6c5
 def _led(guide, attack, exact=False): return lambda net,a,b,t: ATTACKS[attack](guide, a, b, t, early_stop=exact)
 
-# %% ../nbs/52_sanity.ipynb #209c2159
+# %% ../nbs/52_sanity.ipynb #0b2562a1
 class _Through(nn.Module):
     "The network with a shortcut for the gradient: from the logits of `exit` back to the input of `entry`, and from there to the pixels as if nothing were in between"
     def __init__(self, net, entry=None, exit=None, stand_in=None): super().__init__(); self.net,self.ends = net,(entry,exit,stand_in)
@@ -221,7 +221,7 @@ def _like(z, u):
     z = z.repeat_interleave(u.shape[1]//z.shape[1], 1)
     return torch.cat([z, torch.zeros_like(u[len(z):])])
 
-# %% ../nbs/52_sanity.ipynb #981968eb
+# %% ../nbs/52_sanity.ipynb #c703e565
 def _taps(net, x, n_classes, most=5):
     "Modules that see something like an image, in order of execution, and modules that return logits, last first"
     entries,exits,ids = [None],[None],set()
@@ -254,7 +254,7 @@ def _shortcut(c, only):
             if n>best: best,found = n,guide
     return found
 
-# %% ../nbs/52_sanity.ipynb #3df73b3e
+# %% ../nbs/52_sanity.ipynb #639a31fa
 class _Estimate(torch.autograd.Function):
     "Backwards by differences: `k` random directions, both ways"
     @staticmethod
@@ -286,7 +286,7 @@ class _Rescaled(nn.Module):
         out = self.net(x)
         return 5*out/_spread(out.detach()).view(-1,1)
 
-# %% ../nbs/52_sanity.ipynb #2340bdb0
+# %% ../nbs/52_sanity.ipynb #83e697b4
 def _distilled(c, steps=400):
     "A small network that learned to answer as this one does, round these images; seconds"
     n = c.logits(c.x[:2]).shape[1]
@@ -303,7 +303,7 @@ def _distilled(c, steps=400):
         opt.zero_grad()
     return s.eval()
 
-# %% ../nbs/52_sanity.ipynb #ba2ed60c
+# %% ../nbs/52_sanity.ipynb #20f4e399
 def _remedies(c, stand_in):
     "What may work where plain gradients don't: a name, a guide whose gradients are followed, and whether its answers are the network's own"
     for name,layer in (stand_in or {}).items():
@@ -325,7 +325,7 @@ def _pursue(c, stand_in):
             c.tried(f'{name} {attack}'.replace(' margin', ''), _led(guide, attack, exact), only=c.worst().stands, steps=30)
     c.tried(f'square{5*c.queries}', _square(5*c.queries, c.seed+1), only=c.worst().stands)
 
-# %% ../nbs/52_sanity.ipynb #bd6135a1
+# %% ../nbs/52_sanity.ipynb #8e43a50c
 @dataclass
 class Sanity:
     "What `sanity` saw, and the worst case over all attacks that it tried"
@@ -337,7 +337,7 @@ class Sanity:
     def suspicious(self): return [r['name'] for r in self.rows if r['verdict']=='suspicious']
     def __repr__(self): return '\n'.join([f"{r['name']:17} {r['verdict']:11} {r['says']}" for r in self.rows]+[repr(self.worst)])
 
-# %% ../nbs/52_sanity.ipynb #ee4e5b3b
+# %% ../nbs/52_sanity.ipynb #fb9a6833
 _first  = {'deterministic':_deterministic, 'batch':_batch}
 _checks = {'eps 0':_zero_eps, 'gradients':_gradients, 'saturated':_saturated, 'directions':_directions, 'continuous':_continuous,
            'FGSM ≥ PGD':_order, 'more steps':_more_steps, 'large eps':_large_eps, 'noise':_noise, 'black box':_black_box, 'two losses':_losses}
@@ -354,7 +354,7 @@ def _row(name, ok, says, meaning):
     said = {None:'skipped', True:'pass', False:'suspicious'}[ok]
     return dict(name=name, verdict=said, says=f'{says}: {meaning}' if said=='suspicious' else says)
 
-# %% ../nbs/52_sanity.ipynb #b8e66c4b
+# %% ../nbs/52_sanity.ipynb #da3ca58e
 def sanity(
     model:nn.Module,     # Pixels in, logits out
     x:Tensor,            # Images `(N,C,H,W)` in [0,1]; a hundred tell enough

@@ -1,4 +1,4 @@
-"Render nbs/index.ipynb as README.md, with the gallery that ends 12_saliency: python tests/make_readme.py"
+"Render nbs/index.ipynb as README.md, with the gallery that ends 14_puzzle: python tests/make_readme.py"
 import base64, re
 from pathlib import Path
 from execnb.nbio import read_nb
@@ -31,8 +31,8 @@ def render(nb):
     return '\n\n'.join(parts)+'\n', pics
 
 def gallery():
-    "The last picture of 12_saliency: every mix on the same two photographs"
-    pngs = [o['data']['image/png'] for c in read_nb(root/'nbs/12_saliency.ipynb').cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    "The last picture of 14_puzzle: every mix on the same two photographs"
+    pngs = [o['data']['image/png'] for c in read_nb(root/'nbs/14_puzzle.ipynb').cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     return base64.b64decode(''.join(pngs[-1]))
 
 if __name__=='__main__':

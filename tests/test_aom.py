@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from advmix.aom import AOM, pull_back
-from advmix.attack import Threat, pgd
+from advmix import aom as module
+from advmix.aom import AOM, _pull_back as pull_back
+from advmix.attack import PGD, Threat, pgd
 from advmix.labels import geometric_weight
-from advmix.mix import CutMix, Mixed, MixUp, compose, rand_pairs
-from advmix.ratio import ratio_pgd, TrustRegion
+from advmix.mix import CutMix, Mixed, MixUp, as_terms, compose, rand_pairs, with_loss
+from advmix.ratio import TrustRegion, ratio_grad, ratio_pgd
+from sync import check_meta, check_no_reads
 
 def named(kw):
     "Settings as a test id without object addresses, which differ between processes"
+    if not isinstance(kw, dict): return str(kw)
     return ",".join(f"{k}={v if isinstance(v, (str, int, float)) else type(v).__name__}" for k,v in kw.items()) or "default"
 
 WHERE = 'endpoints', 'mix', 'shared'
@@ -53,6 +56,8 @@ def run(f, x, y, seed=0, **kw):
     torch.manual_seed(seed)
     return AOM(**kw)(x, y, f)
 
+KINDS = [dict(where=w) for w in WHERE] + [dict(ratio='kl', label='distance'), dict(mixer=CutMix())]
+
 # ---- nothing left when nothing moves
 
 @pytest.mark.parametrize('where', WHERE)
@@ -84,7 +89,8 @@ def test_endpoints_are_the_mix_under_sign_steps(name, seed):
 @pytest.mark.parametrize('ratio', ('ce','kl'))
 def test_also_when_the_ratio_moves(ratio):
     x,y = batch()
-    a,b = (run(net(), x, y, where=w, mixer=mixers()['lam'], ratio=ratio, random_start=False, clamp=False, **BIG) for w in ('endpoints','mix'))
+    kw = dict(ratio=ratio, random_start=False, clamp=False, **BIG)
+    a,b = (run(net(), x, y, where=w, mixer=mixers()['lam'], **kw) for w in ('endpoints','mix'))
     assert (a.x-b.x).abs().max()<=1e-12 and (a.lam-b.lam).abs().max()<=1e-12 and (a.lam[:,0]-lams()).abs().max()>.1
 
 @pytest.mark.parametrize('name', ('lam','cutmix','three'))
@@ -176,13 +182,13 @@ def test_without_epsilon_only_the_ratio_is_attacked(ratio, where):
 # ---- constraints
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0,2**31), b=st.integers(1,5), where=st.sampled_from(WHERE), ratio=st.sampled_from(['fixed','ce','kl']),
-       label=st.sampled_from(['ratio','projection','distance']), start=st.booleans(),
+@given(seed=st.integers(0,2**31), b=st.integers(1,5), where=st.sampled_from(WHERE), ratio=st.sampled_from(['fixed','ce','kl','random']),
+       label=st.sampled_from(['ratio','projection','distance']), start=st.booleans(), direction=st.sampled_from(['gradient','random']),
        eps=st.sampled_from([0.,8/255,.15,1.]), radius=st.sampled_from([0.,.1,.25,1.]))
-def test_limits_and_label_sums(seed, b, where, ratio, label, start, eps, radius):
+def test_limits_and_label_sums(seed, b, where, ratio, label, start, direction, eps, radius):
     x,y = batch(b, seed=seed)
     f, x = net().float(), (x*1.4-.2).clamp(0,1).float()
-    aom = AOM(eps=eps, step=eps/3, steps=4, where=where, ratio=ratio, label=label, random_start=start, radius=radius)
+    aom = AOM(eps, step=eps/3, steps=4, where=where, ratio=ratio, label=label, random_start=start, radius=radius, direction=direction)
     torch.manual_seed(seed)
     m0 = aom.mixer(x, y)
     torch.manual_seed(seed)
@@ -206,7 +212,7 @@ def test_every_source_stays_a_valid_image_near_its_own(where, name):
     aom = AOM(where=where, mixer=mixer, **BIG)
     torch.manual_seed(0)
     m = mixer(x, y)
-    z,idx,mask,_ = aom._attack(net(), x, y, m)
+    z,idx,mask,_ = aom._climb(net(), x, y, m)
     src = aom._sources(x, m)[0]
     assert (z-src).abs().max()<=.15+1e-7 and z.min()>=0 and z.max()<=1
     assert len(z)=={'mix':12, 'shared':12, 'endpoints':12*m.idx.shape[1]}[where]
@@ -216,7 +222,7 @@ def test_an_image_the_mask_hides_does_not_move():
     aom = AOM(mixer=CutMix(per_sample=True), random_start=False, **BIG)
     torch.manual_seed(0)
     m = aom.mixer(x, y)
-    z,idx,mask,_ = aom._attack(net(), x, y, m)
+    z,idx,mask,_ = aom._climb(net(), x, y, m)
     d = (z[idx]-x[m.idx]).abs().amax(2)   # (B,N,H,W)
     assert (d[m.mask==0]==0).all() and (d[m.mask==1]>0).float().mean()>.8
 
@@ -273,7 +279,7 @@ def noted(fail=None):
     return f
 
 @pytest.mark.parametrize('fail', (None, 3))
-@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='kl', label='distance'), dict(bn='as_is'), dict(mixer=CutMix())], ids=named)
+@pytest.mark.parametrize('kw', [*KINDS, dict(bn='as_is')], ids=named)
 def test_no_trace(kw, fail):
     f,(x,y) = noted(fail),batch()
     state = {k:v.clone() for k,v in f.state_dict().items()}
@@ -347,14 +353,15 @@ def test_any_loss():
     for lf in (F.cross_entropy, nn.CrossEntropyLoss(), CrossEntropyLossFlat()):
         assert torch.equal(run(net(), x, y, loss=lf).x, want)
         run(net(), x, y, loss=lf, ratio='kl')
-    for lf in (nn.CrossEntropyLoss(label_smoothing=.2), FocalLossFlat(), LabelSmoothingCrossEntropyFlat(), nn.CrossEntropyLoss(weight=torch.rand(5)),
-               nn.CrossEntropyLoss(ignore_index=2), partial(F.cross_entropy, label_smoothing=.2)):
+    for lf in (nn.CrossEntropyLoss(label_smoothing=.2), FocalLossFlat(), LabelSmoothingCrossEntropyFlat(), 
+               nn.CrossEntropyLoss(weight=torch.rand(5)), nn.CrossEntropyLoss(ignore_index=2),
+               partial(F.cross_entropy, label_smoothing=.2)):
         assert run(net().float(), x.float(), y, loss=lf, ratio='ce').x.isfinite().all()
         with pytest.raises(ValueError, match='cross-entropy only'): AOM(loss=lf, ratio='kl')
 
 # ---- cost
 
-@pytest.mark.parametrize('kw', [dict(where=w) for w in WHERE] + [dict(ratio='ce'), dict(ratio='kl', label='distance'), dict(mixer=CutMix())], ids=named)
+@pytest.mark.parametrize('kw', [*KINDS, dict(ratio='ce')], ids=named)
 @pytest.mark.parametrize('K', (0, 1, 7))
 def test_k_forwards(kw, K):
     f,(x,y) = noted(),batch()
@@ -385,10 +392,19 @@ def test_clear_errors():
     bad = [(dict(where='both'), "'endpoints', 'mix', 'shared'"), (dict(ratio='kld'), "'fixed', 'kl', 'ce'"),
            (dict(label='angle'), "'projection', 'distance'"), (dict(bn='train'), 'as_is'),
            (dict(ratio='kl', mixer=CutMix()), 'CutMix'), (dict(label='distance', mixer=CutMix()), 'mask is the ratio'),
-           (dict(eps=8.), 'eps=8/255'), (dict(alpha=0.), 'alpha'), (dict(radius=2.), 'radius')]
+           (dict(eps=8.), 'eps=8/255'), (dict(alpha=0.), 'alpha'), (dict(radius=2.), 'radius'),
+           (dict(eps=.01, step=.1), 'wide'), (dict(c_clean=-1.), 'c_clean=-1'), (dict(c_clean='a'), 'positive'),
+           (dict(early_stop=True), 'early_stop'),
+           (dict(direction='up'), 'gradient, random'), (dict(ratio='random', mixer=CutMix()), 'CutMix')]
     for kw,msg in bad:
         with pytest.raises(ValueError, match=msg): AOM(**kw)
-    with pytest.raises(ValueError, match='with the model'): AOM()(x, y, None)
+    for args in ((x, y), (x, y, None)):
+        with pytest.raises(ValueError, match='with the model'): AOM()(*args)
+    with pytest.raises(ValueError, match='labels 0..5.*more outputs'): AOM()(x, torch.arange(12).clamp(max=5), net())
+    with pytest.raises(ValueError, match='negative labels'): AOM()(x, y-9, net())
+    with pytest.raises(ValueError, match='softmax'): AOM()(x, y, nn.Sequential(net(), nn.Softmax(1)))
+    with pytest.raises(TypeError): AOM(.1, .1)
+    with pytest.raises(TypeError, match='nonsense'): AOM(nonsense=1)
     with pytest.raises(ValueError, match=r'not in \[0,1\]'): AOM()(2*x-1, y, net())
     with pytest.raises(ValueError, match='NaN'): AOM()(x/0*0, y, net())
     with pytest.raises(ValueError, match='class numbers'): AOM()(x, y.double(), net())
@@ -413,16 +429,195 @@ def test_mixers_without_usable_masks():
         assert AOM(where='mix', mixer=mixer)(x, y, net()).x.shape==x.shape
     with pytest.raises(ValueError, match='Blend3 mixes 3 images'): AOM(ratio='kl', mixer=Blend3())(x, y, net())
 
-# ---- whose reading this is
+# ---- what the training loop needs
 
-def test_every_public_docstring_and_notebook_says_aom_style():
-    for mod in ('labels','ratio','aom'):
-        m = importlib.import_module(f'advmix.{mod}')
-        for name in m.__all__:
-            o = getattr(m, name)
-            docs = [o]
-            if inspect.isclass(o): docs += [v for k,v in vars(o).items() if isinstance(v, property) or (inspect.isfunction(v) and not k.startswith('_'))]
-            for d in docs: assert 'AOM-style' in (d.__doc__ or ''), f'{mod}.{name}: {d}'
-    assert 'AOM-style' in AOM.__call__.__doc__
+LOSSES = dict(smooth=nn.CrossEntropyLoss(label_smoothing=.2), weight=nn.CrossEntropyLoss(weight=torch.arange(1.,6).double()),
+              ignore=nn.CrossEntropyLoss(ignore_index=2))
+
+def test_the_loss_of_the_loop_is_climbed_and_the_mixer_s_too():
+    from fastai.losses import CrossEntropyLossFlat
+    x,y = batch()
+    a = AOM(mixer=PGD(steps=1), where='mix', **BIG)
+    b = with_loss(a, LOSSES['smooth'])
+    assert b is not a and b.loss is b.mixer.loss is LOSSES['smooth'] and a.loss is None and a.mixer.loss is None
+    assert with_loss(AOM(loss=F.cross_entropy), LOSSES['smooth']).loss is F.cross_entropy   # a loss given stays
+    def bound(lf, **kw):
+        f = net()
+        torch.manual_seed(0)
+        return with_loss(AOM(**kw, **BIG), lf)(x, y, f).x
+    for lf in LOSSES.values():
+        assert torch.equal(bound(lf), run(net(), x, y, loss=lf, **BIG).x) and not torch.equal(bound(lf), run(net(), x, y, **BIG).x)
+        with pytest.raises(ValueError, match="ratio='ce'"): with_loss(AOM(ratio='kl'), lf)
+    for lf in (F.cross_entropy, nn.CrossEntropyLoss(), CrossEntropyLossFlat()):
+        assert torch.equal(bound(lf, ratio='kl'), run(net(), x, y, ratio='kl', **BIG).x)
+
+def test_an_ignored_class_is_not_attacked():
+    x,y = batch()
+    lf = nn.CrossEntropyLoss(ignore_index=2)
+    same = torch.full_like(y, 2)
+    m = run(net(), x, same, loss=lf, random_start=False, **BIG)
+    assert torch.equal(m.x, compose(x, m.idx, m.mask))
+    with pytest.raises(ValueError, match='cross-entropy only'): AOM(loss=lf, ratio='kl')
+    AOM(loss=nn.CrossEntropyLoss(ignore_index=-1), ratio='kl')   # no class is called -1
+
+def test_growing_steps():
+    x,y = batch()
+    f,a = noted(),AOM(steps=(1,4), ratio='kl')
+    for p,K in ((0.,1), (.3,2), (.6,3), (.9,4), (1.,4)):
+        f.modes.clear()
+        a.at(p)(x, y, f)
+        assert len(f.modes)==K
+    f.modes.clear(); a(x, y, f)
+    assert len(f.modes)==4 and a.threat.steps==(1,4) and a.at(.3).mixer is a.mixer
+
+@pytest.mark.parametrize('label', ('ratio','projection','distance'))
+@pytest.mark.parametrize('ratio', ('fixed','kl','ce'))
+@pytest.mark.parametrize('where', WHERE)
+def test_the_clean_mixture_has_the_ratio_as_its_label(where, ratio, label):
+    x,y = batch()
+    kw = dict(where=where, ratio=ratio, label=label, **BIG)
+    alone = run(net(), x, y, **kw)
+    (one,adv),(c,clean) = run(net(), x, y, c_clean=.5, **kw)
+    assert (one,c)==(1.,.5) and torch.equal(adv.x, alone.x) and torch.equal(adv.w, alone.w)
+    assert torch.equal(clean.w, alone.lam) and torch.equal(clean.lam, alone.lam) and torch.equal(clean.idx, alone.idx)
+    assert torch.equal(clean.x, compose(x, clean.idx, clean.mask)) and (clean.mask.mean((2,3))-clean.lam).abs().max()<1e-6
+    if label!='ratio': assert (adv.w-clean.w).abs().max()>1e-4
+
+def test_the_clean_mixture_of_mixers_without_masks_and_of_cutmix():
+    x,y = batch()
+    class Moves:
+        "No masks: the partner is turned upside down"
+        def __call__(self, x, y=None, model=None):
+            m = CutMix(per_sample=True)(x)
+            return Mixed(m.x.flip(-2), m.idx, m.w)
+    for mixer in (Moves(), CutMix(per_sample=True), Three()):
+        torch.manual_seed(0); want = mixer(x, y)
+        (_,adv),(_,clean) = run(net(), x, y, mixer=mixer, where='mix', c_clean=1., **BIG)
+        assert torch.equal(clean.x, want.x) and torch.equal(clean.w, want.w) and (adv.x-clean.x).abs().max()<=.15+1e-12
+        assert torch.equal(adv.w, want.w)
+
+def test_a_generator_whose_weights_learn_is_attacked_at_fixed_weights():
+    "`w` with a gradient must not be walked through: the attack climbs for the network as it is"
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.zeros(1).double())
+        def forward(self, x, y=None, model=None):
+            idx,l = rand_pairs(x),self.a.sigmoid().expand(len(x))
+            w = torch.stack([l, 1-l], 1)
+            mask = w[:,:,None,None].expand(-1,-1,*x.shape[-2:])
+            return Mixed(compose(x, idx, mask), idx, w, mask, w)
+    x,y = batch()
+    g,f = Weights(),net()
+    for kw in (dict(), dict(where='mix'), dict(c_clean=1.)):
+        torch.manual_seed(0)
+        m = as_terms(AOM(mixer=g, **kw, **BIG)(x, y, f))[-1][1]
+        assert m.w.requires_grad and m.x.requires_grad and g.a.grad is None
+        m.loss(F.cross_entropy, f(m.x), y).backward()
+        assert g.a.grad.abs()>0
+        g.a.grad = None
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_half_precision_images_are_attacked_in_float32(dtype, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, 'compose', lambda x, *a: [seen.append(x.dtype), compose(x, *a)][1])
+    x,y = batch()
+    (_,m),(_,c) = run(net().to(dtype), x.to(dtype), y, c_clean=1., **BIG)
+    assert set(seen)=={torch.float32} and m.x.dtype==c.x.dtype==dtype
+    assert (m.x.float()-c.x.float()).abs().max()<=.15+.004
+
+# ---- the ratio's gradient is that of the loop, not of clean images
+
+@pytest.mark.parametrize('where', WHERE)
+def test_the_ratio_moves_by_perturbed_ends_and_the_summed_loss(where, monkeypatch):
+    x,y = batch()
+    f,lam,perm,calls = net(),lams(),torch.arange(12).roll(1),[]
+    def spy(g, a, b, l, lam, same, objective):
+        calls.append((g, a, b, l, lam))
+        return ratio_grad(g, a, b, l, lam, same, objective)
+    monkeypatch.setattr(module, 'ratio_grad', spy)
+    run(f, x, y, where=where, ratio='kl', mixer=At(lam, perm), steps=3, **BIG)
+    for k,(g,a,b,l,v) in enumerate(calls):
+        clean = (a-x).abs().max()==0 and (b-x[perm]).abs().max()==0
+        assert clean==(where=='mix') and not l.requires_grad
+        if where=='mix': continue
+        c = v.view(-1,1,1,1)
+        z = (c*a+(1-c)*b).requires_grad_()
+        w = torch.stack([v,1-v],1)
+        want, = torch.autograd.grad(sum((w[:,n]*F.cross_entropy(f(z), t, reduction='none')).sum() for n,t in enumerate((y,y[perm]))), z)
+        each = torch.stack([F.cross_entropy(f(z), t, reduction='none') for t in (y,y[perm])], 1)
+        assert (g-want).abs().max()<=1e-12 and (l-each).abs().max()<1e-12
+    assert len(calls)==3
+
+# ---- the controls: everything but adversarial
+
+def test_a_random_ratio_goes_as_far_one_way_or_the_other():
+    x,y = batch(200)
+    lam = torch.full((200,), .5).double()
+    m = run(net(), x, y, ratio='random', mixer=At(lam), **BIG)
+    d = m.lam[:,0]-lam
+    assert torch.allclose(d.abs(), torch.tensor(.25).double()) and 70<(d>0).sum()<130
+    few = run(net(), x, y, ratio='random', mixer=At(lam), steps=2, **BIG)
+    assert torch.allclose((few.lam[:,0]-lam).abs(), torch.tensor(.125).double())
+    edge = run(net(), x, y, ratio='random', mixer=At(torch.linspace(0,1,200).double()), **BIG).lam
+    assert edge.min()>=0 and edge.max()<=1
+
+@pytest.mark.parametrize('where', WHERE)
+def test_random_directions_share_start_step_and_limits(where):
+    x,y = batch()
+    x = .3+.4*x
+    kw = dict(where=where, mixer=At(lams()), direction='random', random_start=False, eps=.2, step=.02)
+    m = run(net(), x, y, steps=3, **kw)
+    d = (m.x-compose(x, m.idx, m.mask))/.02
+    k = d.round()
+    if where!='shared': assert (d-k).abs().max()<1e-9 and set(k.unique().tolist())=={-3,-1,1,3}   # both ends take the same steps
+    else: assert d.abs().max()<=3+1e-9
+    assert d.mean().abs()<.2 and torch.equal(m.x, run(net(5), x, y, steps=3, **kw).x)   # whatever the network
+
+@pytest.mark.parametrize('kw,K', [(dict(direction='random'), 0), (dict(direction='random', ratio='random'), 0), (dict(ratio='random'), 7),
+                                  (dict(direction='random', ratio='kl'), 7)], ids=named)
+@pytest.mark.parametrize('where', WHERE)
+def test_a_control_costs_what_it_needs(where, kw, K):
+    f,(x,y) = noted(),batch()
+    AOM(steps=7, where=where, **kw)(x, y, f)
+    assert len(f.modes)==K
+
+@pytest.mark.parametrize('where', WHERE)
+def test_only_the_random_part_is_random(where):
+    "A random ratio leaves the draws of pairs, ratios and starts alone; random pixels leave the ratio's ascent alone"
+    x,y = batch()
+    a,b = run(net(), x, y, where=where, **BIG),run(net(), x, y, where=where, ratio='random', **BIG)
+    assert torch.equal(a.idx, b.idx) and ((b.lam-a.lam).abs()<=.25+1e-6).all()
+    lam,perm = lams(),torch.arange(12).roll(1)
+    m = run(net(), x, y, where=where, direction='random', ratio='kl', mixer=At(lam, perm), eps=0.)
+    assert (m.lam[:,0]-ratio_pgd(net(), x, x[perm], torch.stack([y,y[perm]],1), lam, 'kl')).abs().max()<=1e-12
+
+# ---- nothing waits for the device
+
+@pytest.mark.parametrize('kw', [dict(where=w, ratio=r, label=l, c_clean=c) for w in WHERE for r,l,c in
+                                (('fixed','ratio',0.), ('kl','distance',1.), ('random','projection',0.))], ids=named)
+def test_a_trusted_step_reads_no_value(kw):
+    x,y = batch()
+    x,f = x.float(),net().float()
+    check_no_reads(AOM(steps=2, **kw), x, y, f)
+    check_meta(AOM(steps=2, **kw), x, y, f)
+
+# ---- names, defaults and whose reading this is
+
+def test_the_signature_is_short_and_its_defaults_are_those_of_pgd():
+    p = inspect.signature(AOM).parameters
+    assert len(p)<=12 and all(v.kind in (v.KEYWORD_ONLY, v.VAR_KEYWORD) for k,v in p.items() if k!='eps')
+    q = inspect.signature(PGD).parameters
+    for k in set(p)&set(q): assert p[k].default==q[k].default, k
+    promised = dict(eps=.1, step=.02, steps=2, alpha=.5, where='mix', ratio='kl', label='distance',
+                    random_start=False, clamp=False, mixer=MixUp())
+    a = AOM(**promised, radius=.1, bn='as_is', c_clean=1., loss=F.cross_entropy)
+    assert a.threat==Threat(.1, .02, 2, random_start=False, bounds=(-float('inf'), float('inf')))
+    assert a.trust==TrustRegion(.1) and a.attack.bn=='as_is' and a.c_clean==1 and AOM(eps=.1).threat.step==.025 and AOM().threat==Threat()
+    assert 'kl' in repr(a) and AOM(alpha=.3).mixer.alpha==.3 and AOM().mixer.per_sample
+
+def test_the_module_and_its_notebooks_say_aom_style():
+    for mod in ('labels','ratio','aom'): assert 'AOM-style' in importlib.import_module(f'advmix.{mod}').__doc__
+    assert 'AOM-style' in AOM.__doc__
     for p in sorted((Path(__file__).parents[1]/'nbs').glob('2[123]_*.ipynb')):
         assert any('AOM-style' in ''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type']=='markdown'), p.name

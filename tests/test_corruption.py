@@ -80,7 +80,8 @@ def test_scale_and_source_are_in_the_rows(tiles):
         rows = corruption_rows(net(3,size), x, torch.tensor([0]), severities=(1,), bs=1)
         assert scale in rows[1]['source'] and rows[-1]['name']==f'mean of the 11 {scale}-like'
         assert ('flags' in rows[-1])==(size==8)
-    with pytest.raises(ValueError, match="lacks fog: it has gaussian"): corruption_rows(net(3,32), tiles[:1], torch.tensor([0]), names=['fog'])
+    with pytest.raises(ValueError, match="lacks fog: it has gaussian"):
+        corruption_rows(net(3,32), tiles[:1], torch.tensor([0]), names=["fog"])
     with pytest.raises(ValueError, match="use 1, 2, 3"): corruption_rows(net(3,32), tiles[:1], torch.tensor([0]), severities=(0,))
 
 def test_parts_are_the_whole(digits):
@@ -115,7 +116,8 @@ def test_mce():
     with pytest.raises(ValueError, match='no added error'): mce(a, fake(COMMON+EXTRA, .4, clean=.3), relative=True)
 
 @pytest.mark.parametrize('names,source,channels', [
-    (COMMON[:2], 'files in c', 3), (COMMON[1:]+EXTRA, 'files in c', 3), ((), 'files in c', 3), (COMMON[:14], 'imagecorruptions-imaug, x', 3),
+    (COMMON[:2], 'files in c', 3), (COMMON[1:]+EXTRA, 'files in c', 3), ((), 'files in c', 3),
+    (COMMON[:14], 'imagecorruptions-imaug, x', 3),
     (['contrast','pixelate'], 'built in, as released, CIFAR-C severities', 1),
     ([k for k in BUILT_IN if k!='saturate'], 'built in, as released, CIFAR-C severities', 3)])
 def test_mce_needs_a_complete_set(names, source, channels):

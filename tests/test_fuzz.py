@@ -1,5 +1,5 @@
 "Random settings and random command lines: whatever a user types ends in a run, or in one sentence and exit code 2"
-import contextlib, io, json, math, os, pickle, random, resource, sys, zlib
+import contextlib, io, json, math, os, pickle, random, resource, shutil, sys, zlib
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch
@@ -147,6 +147,7 @@ def world(tmp_path_factory):
 
 outs     = ['new', 'new/deeper/still', 'run', 'unfinished', 'precious', 'half', 'empty', 'foreign', 'binary', 'newer', 'link', 'dangling', 'file', 'file/below', '.', '..', '~', '/', '', ' ',
             'x'*300, 'ä/ö', '-out', '/proc/nothing', '/dev/null', '/dev/null/x', '/dev/full', 'images', 'a\nb', 'good.pth', './run/../run']
+new_outs = ['new', 'runs', 'ä', ' ', '-out', 'a\nb', 'x', '~']   # what they may have made
 paths    = ['run', 'unfinished', 'precious', 'half', 'empty', 'foreign', 'binary', 'newer', 'link', 'dangling', 'file', 'nothing', '.', '/', '', 'x'*300, 'good.safetensors', 'liar.safetensors',
             'odd.safetensors', 'half.safetensors', 'none.safetensors', 'text.safetensors', 'huge.safetensors', 'good.pth', 'learner.pth', 'list.pth', 'evil.pth', 'half.pth', 'none.pth', 'evil.pkl',
             'half.pkl', 'pic.png', '/dev/null', '/proc/self/mem', 'file/x']
@@ -156,19 +157,30 @@ numbers  = ['0', '1', '2', '-1', '.5', '1e3', 'nan', 'inf', '1e999', 'x', '', '9
 words    = ['aom', 'vanilla', 'pgd', '', 'x', 'clean', 'clean,fgsm', ',', 'standard', 'no', 'bf16', 'fp16', 'endpoints', 'kl', 'a,b', 'aom:', 'aom:steps=', 'pgd:steps=2', 'pgd:seed=1', 'pgd:eps=nan',
             'vanilla:data=../x', 'mixup,mixup', 'pgd:ema=1', 'pgd:ema=yes', 'clean=.5', 'clean=x', 'convnet_s', '%s', '%', '{}', '\\', "'"]
 
+good = {'--data': ['digits','images'], '--device': ['cpu'], '--method': ['vanilla','mixup','pgd','aom'], '--suite': ['clean','clean,fgsm'], '--arch': ['convnet_s'], '--amp': ['no'],
+        '--objective': ['balanced'], '--fail-under': ['clean=.4','clean=.6']}
+bad  = {'--data': datas, '--device': devices} | {k: words for k in ('--arch','--amp','--method','--suite','--objective','--fail-under')}
+flags = ['--force','--resume','--trust-pickle','--ema','--help','-x','--list']
+more  = ['--seed','--seeds','--eps','--bs','--lr','--size','--n-eval','--n_eval','--jobs','--alpha','--steps','--nonsense','--collect']
+
 def command_line(rng):
     "Mostly sensible, here and there something hostile"
     f    = rng.choice((cli.train, cli.train, cli.compare, cli.evaluate))
-    argv = [rng.choice(paths)] if f is cli.evaluate and rng.random()<.95 else []
-    if rng.random()<.8: argv += ['--suite', 'clean', *(['--epochs', '1'] if f is not cli.evaluate else ['--data', rng.choice(datas)])]
-    if rng.random()<.6 and f is not cli.compare: argv += ['--out', rng.choice(outs)]
-    if f is cli.compare: argv += ['--methods', rng.choice(['vanilla','vanilla,mixup','vanilla:lr=.1','best',*words]), *rng.choice([[], ['--list'], ['--collect', rng.choice(outs)], ['--out', rng.choice(outs)]])]
-    if f is cli.train and rng.random()<.7: argv += ['--method', rng.choice(['vanilla','mixup','pgd','aom'])]
+    argv = ['--suite','clean'] if rng.random()<.9 else []
+    if f is cli.evaluate:
+        argv += [rng.choice(['run','good.safetensors','good.pth',*rng.sample(paths, 3)])]
+        if rng.random()<.7: argv += ['--data', 'digits']
+        if 'good.pth' in argv and rng.random()<.8: argv += ['--arch','convnet_s','--size','8']
+    else: argv += ['--epochs','1']
+    if f is cli.compare: argv += ['--methods', rng.choice(['vanilla','vanilla,mixup','vanilla:lr=.1',rng.choice(words)]), *rng.choice([[], [], ['--list'], ['--collect', rng.choice(outs)]])]
+    if f is cli.train:   argv += ['--method', rng.choice(['vanilla','mixup','pgd'])]*(rng.random()<.9)
+    if rng.random()<.5:  argv += ['--out', rng.choice(outs)]
     for _ in range(rng.choice([0,0,0,1,1,2,3])):
-        k = rng.choice(['--data','--device','--seed','--seeds','--eps','--bs','--lr','--size','--n-eval','--n_eval','--arch','--amp','--force','--resume','--trust-pickle','--fail-under','--jobs',
-                        '--nonsense','--alpha','--steps','--method','--objective','-x','--suite','--ema','--help'])
-        v = rng.choice(datas if k=='--data' else devices if k=='--device' else words if k in ('--arch','--amp','--method','--suite','--objective','--fail-under') else numbers)
-        argv += [k] if k in ('--force','--resume','--trust-pickle','--ema','--help','-x') else [f'{k}={v}'] if rng.random()<.3 else [k, v]
+        k = rng.choice([*bad, *more, *flags])
+        if k in flags: argv += [k]
+        else:
+            v = rng.choice(good.get(k, numbers) if rng.random()<.5 else bad.get(k, numbers))
+            argv += [f'{k}={v}'] if rng.random()<.3 else [k, v]
     return f,argv
 
 @contextlib.contextmanager
@@ -237,6 +249,7 @@ def check_command(f, argv, home, ending, rng):
     "0 after a run, 1 under a floor, 2 or 130 with one sentence, and nothing of anybody else's is touched"
     ending[0] = rng.choice([None]*6+['diverged','early','ctrl-c','memory'])
     around    = rng.choice([contextlib.nullcontext]*8+[lambda: full_disk(rng.choice([0,100,5000])), lambda: read_only(home)])
+    for p in new_outs: shutil.rmtree(home/p, ignore_errors=True)
     with around(): code,err = call(f, argv, home)
     lines = err.strip().splitlines()
     assert 'Traceback' not in err
@@ -248,7 +261,7 @@ def check_command(f, argv, home, ending, rng):
 
 def test_random_command_lines(world, stubbed):
     rng,codes = random.Random(1),[]
-    mine  = ('new','run','unfinished','runs','ä',' ','-out','a\nb','x')
+    mine  = (*new_outs,'run','unfinished')
     before = snapshot(world, mine)
     for i in range(N_COMMANDS):
         f,argv = command_line(rng)

@@ -94,7 +94,8 @@ def test_leaves_no_trace(fail):
     net.net.head.weight.requires_grad_(False)
     net(x).sum().backward()
     state = lambda: [*(m.training for m in net.modules()), *(p.requires_grad for p in net.parameters()), x.clone(),
-                     *(t.clone() for t in net.state_dict().values()), *(None if p.grad is None else p.grad.clone() for p in net.parameters())]
+                     *(t.clone() for t in net.state_dict().values()),
+                     *(None if p.grad is None else p.grad.clone() for p in net.parameters())]
     before = state()
     if fail:
         with pytest.raises(RuntimeError): gen(torch.rand(6,5,8,8), y, net)

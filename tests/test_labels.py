@@ -92,4 +92,21 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="'ratio' unknown.*projection"): geometric_weight(a, a, b, 'ratio')
     with pytest.raises(ValueError, match='its own two images'): geometric_weight(a[:3], a, b)
 
-def test_docstring_says_whose_reading_this_is(): assert 'AOM-style' in geometric_weight.__doc__
+@pytest.mark.parametrize('rule', rules)
+def test_only_the_same_image_counts_as_the_same(rule):
+    "The guard is for images that are equal, not for images that are nearly so"
+    a = torch.full((3,1,2,2), .5, dtype=torch.float64)
+    b,lam = a.clone(),torch.tensor([.9,.9,.9], dtype=torch.float64)
+    b[0,0,0,0] += 1e-11    # further apart than 1e-12: the rule decides
+    b[1,0,0,0] += 2e-13    # nearer: the ratio
+    p = .25*a+.75*b
+    w = geometric_weight(p, a, b, rule, lam)
+    assert abs(w[0]-.25)<1e-4 and w[1]==.9 and w[2]==.9
+
+def test_a_number_for_the_ratio_and_its_default():
+    a,_,_ = pairs()
+    assert (geometric_weight(a, a, a)==.5).all() and (geometric_weight(a, a, a, lam=1)==1).all()
+
+def test_the_module_says_whose_reading_this_is():
+    import advmix.labels
+    assert 'AOM-style' in advmix.labels.__doc__

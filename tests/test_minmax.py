@@ -1,6 +1,7 @@
 "The game: routing and direction of every gradient, reversal, reuse, schedule, cost, state, faults"
 import copy, math
 from functools import partial
+from types import SimpleNamespace
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from torch import nn
@@ -52,7 +53,8 @@ def close(a, b, tol=1e-6): torch.testing.assert_close(a, b, atol=tol, rtol=0)
 # --- what reaches whom
 
 EQ4 = {'amce','amce_teacher','cosine'}
-@pytest.mark.parametrize('objective,mine', [('balanced',EQ4), ('printed',EQ4), ('released',{'amce_teacher','cosine'}), ('automix',{'amce_teacher','share'})])
+MINE = dict(balanced=EQ4, printed=EQ4, released={'amce_teacher','cosine'}, automix={'amce_teacher','share'})
+@pytest.mark.parametrize('objective,mine', MINE.items())
 def test_routing(objective, mine):
     g = game(objective, linear_weight=.5)
     x,y = data()
@@ -219,7 +221,8 @@ def test_released_value_by_hand():
         ref = copy.deepcopy(g)
         torch.manual_seed(5)
         z,clean = features(ref.teacher.net, x, 1)
-        sets = [ref.generator.draw(x),ref.generator.draw(x, 3)]
+        idx,lam = ref.generator.draw(x)
+        sets = [(idx, lam), (ref.generator.draw(x, 3)[0], lam)]   # one ratio for both
         ce   = lambda p, s: sum(s[1][:,n]*F.cross_entropy(p, y[s[0][:,n]], reduction='none') for n in range(3)).mean()
         mb,bb = (ref.generator.mix(x, z, *s).x for s in sets)
         lin  = sum(sets[1][1][:,n,None,None,None]*x[sets[1][0][:,n]] for n in range(3))
@@ -303,13 +306,24 @@ def test_resumed_is_the_same_as_uninterrupted(objective, opt, tmp_path):
 
 # --- masks
 
-def test_margin():
-    g = game('released')
+@pytest.mark.parametrize('objective,n,margin', (('released',3,.03), ('released',2,.03), ('automix',2,.08)))
+def test_margin(objective, n, margin):
+    g = game(objective, n_mix=n)
     x,y = data()
-    for own,flat in ((.02,True), (.03,True), (.031,False), (.5,False), (.97,False), (.975,True)):
-        lam = torch.tensor([[own,(1-own)/2,(1-own)/2]]).expand(7,3)
-        m = g._own_mix(x, features(g.teacher.net, x, 1)[0], torch.randint(7, (7,3)), lam)
+    z = features(g.teacher.net, x, 1)[0]
+    for own,flat in ((margin-.01,True), (margin,True), (margin+.001,False), (.5,False), (1-margin,False), (1.005-margin,True)):
+        lam = torch.tensor([[own,*[(1-own)/(n-1)]*(n-1)]]).expand(7,n)
+        g.generator.draw = lambda *args: (torch.randint(7, (7,n)), lam)
+        m = g._own_mix(x, z, SimpleNamespace(idx=torch.zeros(7,n), lam=lam))
         assert torch.allclose(m.mask, lam[:,:,None,None].to(m.mask).expand_as(m.mask))==flat, own
+
+@pytest.mark.parametrize('objective,n,same', (('released',3,True), ('released',4,True), ('released',2,False), ('automix',2,False)))
+def test_one_ratio_for_both_paths_except_for_pairs(objective, n, same):
+    g = game(objective, n_mix=n)
+    g.mix(*data())
+    b = g.batch
+    assert torch.equal(b.mixed.lam, b.probe.lam)==same and not torch.equal(b.mixed.idx, b.probe.idx)
+    assert b.probe.mask.requires_grad and not b.mixed.mask.requires_grad
 
 def test_share_slope():
     lam = torch.rand(50,3).double()

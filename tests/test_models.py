@@ -4,6 +4,7 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F, torchvision
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import create_vision_model
 from advmix.models import *
+from advmix.models import _torchvision_net
 
 def n_params(m): return sum(p.numel() for p in m.parameters())
 
@@ -70,7 +71,7 @@ def test_standard_stem_is_torchvisions():
     torch.manual_seed(0)
     ref = torchvision.models.resnet18()
     torch.manual_seed(0)
-    ours = torchvision_net('resnet18', 1000)
+    ours = _torchvision_net('resnet18', 1000, 3, 64, False, False)
     x = torch.rand(1,3,64,64)
     assert torch.equal(ours.eval()(x), ref.eval()(x))
     assert torch.equal(torch.tensor([p.numel() for p in ours.parameters()]), torch.tensor([p.numel() for p in ref.parameters()]))
@@ -96,13 +97,85 @@ def test_convnet_keeps_at_least_four_pixels(size, sides):
 
 @pytest.mark.parametrize('bad,says', [
     (dict(arch='vgg'),                          'use one of convnet, preact_resnet18, wrn34_10, resnet18'),
-    (dict(arch='convnet', pretrained=True),     'no published weights'),
+    (dict(arch='convnet', pretrained=True),     'without published weights'),
     (dict(arch='wrn34_10', small_stem=False),   'small images'),
     (dict(arch='convnet', c_in=1, mean=[.1]*3), 'mean has 3 numbers for images of 1 channels'),
     (dict(arch='convnet', c_in=3, std=[.1]*2),  'std has 2 numbers'),
 ])
 def test_get_model_says_what_is_wrong(bad, says):
     with pytest.raises(ValueError, match=says): get_model(**bad)
+
+@pytest.mark.parametrize('arch', ['alexnet','densenet121','efficientnet_b0','googlenet','inception_v3',
+    'mnasnet0_5','mobilenet_v2','mobilenet_v3_small','regnet_x_400mf','resnet101','resnext101_32x8d','shufflenet_v2_x0_5',
+    'squeezenet1_1','swin_v2_t','vgg11_bn','vit_b_16','wide_resnet50_2','convnext_tiny','maxvit_t'])
+def test_any_classification_network_of_torchvision(arch):
+    size = dict(inception_v3=299).get(arch, 224)
+    net = get_model(arch, 7, size=size).to('meta') if 'regnet' in arch else meta(arch, 7, size=size)   # its builder computes
+    assert net.train()(torch.rand(2,3,size,size, device='meta')).shape==(2,7)   # a tensor in training too
+    assert sum(p.numel() for p in net.parameters())>1e5 and isinstance(stages(net), dict)
+    if arch in ('maxvit_t','regnet_x_400mf'): return
+    assert meta(arch, 5, c_in=1, size=size).eval()(torch.rand(1,1,size,size, device='meta')).shape==(1,5)
+
+@pytest.mark.parametrize('arch', ['squeezenet1_1','vit_b_16','mobilenet_v2','swin_t'])
+def test_published_weights_get_a_head_for_our_classes(arch, monkeypatch):
+    import torchvision.models as m
+    real = m.get_model
+    monkeypatch.setattr(m, 'get_model', lambda name, weights=None, **kw: real(name, weights=None, **kw))   # no download
+    with torch.device('meta'):
+        assert get_model(arch, 7, size=224, pretrained=True).eval()(torch.rand(1,3,224,224, device='meta')).shape==(1,7)
+        assert get_model(arch, 1000, size=224, pretrained=True).eval()(torch.rand(1,3,224,224, device='meta')).shape==(1,1000)
+
+def test_names_are_torchvisions_own_too():
+    for ours,theirs in (('resnext50','resnext50_32x4d'),('convnext_t','convnext_tiny')):
+        torch.manual_seed(0); a = get_model(ours).state_dict()
+        torch.manual_seed(0); b = get_model(theirs).state_dict()
+        assert all(torch.equal(a[k],b[k]) for k in a) and a.keys()==b.keys()
+    for name in ('segmentation_fcn','fcn_resnet50','raft_large','r3d_18','quantized_resnet18'):
+        with pytest.raises(ValueError, match='unknown: use one of convnet'): get_model(name)   # not classifiers of images
+    with pytest.raises(ValueError, match='small_stem is for ResNets, Swin and ConvNeXt, not for vgg11'): get_model('vgg11', small_stem=True)
+
+# ---------------------------------------------------------------- timm, where it is installed
+
+@pytest.mark.parametrize('name,side,shapes', [
+    ('resnet18',                     32,  [(64,8),(128,4),(256,2),(512,1)]),
+    ('convnext_atto',                64,  [(40,16),(80,8),(160,4),(320,2)]),
+    ('swin_tiny_patch4_window7_224', 224, [(96,56),(192,28),(384,14),(768,7)]),
+    ('swinv2_cr_tiny_224',           224, [(96,56),(192,28),(384,14),(768,7)]),
+])
+def test_timm(name, side, shapes):
+    pytest.importorskip('timm')
+    net,x = meta(f'timm:{name}', 7, size=side).eval(),torch.rand(1,3,side,side, device='meta')
+    assert net(x).shape==(1,7) and isinstance(net.norm, Normalize)
+    got = stage_shapes(net, x)
+    assert [(s[1],s[2]) for s in got.values()]==shapes and all(s[2]==s[3] for s in got.values())
+    assert features(net, x, 2)[0].shape[1:]==(shapes[2][0],shapes[2][1],shapes[2][1])
+
+def test_timm_transformers_have_no_map():
+    pytest.importorskip('timm')
+    net = get_model('timm:deit_tiny_patch16_224', 5, size=32)
+    assert net(torch.rand(2,3,32,32)).shape==(2,5)
+    with pytest.raises(ValueError, match='not a feature map .* a vision transformer keeps no places'):
+        features(net, torch.rand(1,3,32,32), 0)
+    assert meta('timm:vit_tiny_patch16_224', 5, c_in=1, size=48).eval()(torch.rand(1,1,48,48, device='meta')).shape==(1,5)
+
+def test_timm_unknown_or_absent(monkeypatch):
+    import builtins
+    real = builtins.__import__
+    def without(name, *a, **k):
+        if name=='timm': raise ImportError(name)
+        return real(name, *a, **k)
+    with monkeypatch.context() as m:
+        m.setattr(builtins, '__import__', without)
+        with pytest.raises(ValueError, match=r"timm:resnet18 needs timm: pip install 'advmix\[timm\]'"): get_model('timm:resnet18')
+    pytest.importorskip('timm')
+    with pytest.raises(ValueError, match="timm has no network 'resnet17'"): get_model('timm:resnet17')
+
+def test_timm_statistics_come_with_pretrained(monkeypatch):
+    timm = pytest.importorskip('timm')
+    real = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kw: real(name, **kw))   # no download
+    net = get_model('timm:vit_tiny_patch16_224', 5, size=32, pretrained=True)
+    assert net.norm.mean.flatten().tolist()==[.5]*3 and net.norm.std.flatten().tolist()==[.5]*3   # this network's own
 
 def test_imagenet_statistics_come_with_imagenet_weights(monkeypatch):
     def fake(name, weights=None, **kw):
@@ -153,7 +226,7 @@ def test_features_and_logits_of_one_pass(arch, nets):
 
 def test_swin_features_are_channels_first(nets):
     net,x = nets('swin_t'),torch.rand(2,3,32,32)
-    assert stage_shapes(net, x)=={'net.features.1':(2,96,16,16), 'net.features.3':(2,192,8,8), 'net.features.5':(2,384,4,4), 'net.features.7':(2,768,2,2)}
+    assert stage_shapes(net, x)=={f'net.features.{2*i+1}': (2,96*2**i,16//2**i,16//2**i) for i in range(4)}
     raw = net.net.features[:4](net.norm(x))
     assert torch.equal(features(net, x, 1)[0], raw.permute(0,3,1,2))
     assert features(net, x, 'features.4')[0].shape==(2,384,4,4)   # patch merging too
@@ -180,7 +253,8 @@ def test_wrong_stage_lists_stages_and_shapes():
     net,x = get_model('convnet', c_in=1, size=8),torch.rand(2,1,8,8)
     flags,buffers = [m.training for m in net.modules()],copy.deepcopy(list(net.buffers()))
     for stage in (3, -4, 'layer3', '', None, 1.5):
-        with pytest.raises(ValueError, match=r'0 net.stage1 \(2, 32, 8, 8\), 1 net.stage2 \(2, 64, 4, 4\), 2 net.stage3'): features(net, x, stage)
+        with pytest.raises(ValueError, match=r'0 net.stage1 \(2, 32, 8, 8\), 1 net.stage2 \(2, 64, 4, 4\), 2 net.stage3'):
+            features(net, x, stage)
     with pytest.raises(ValueError, match='0 net.stage1, 1 net.stage2'): find_stage(net, 'layer3')
     with pytest.raises(ValueError, match='not found'): find_stage(net, '0')   # ambiguous
     assert flags==[m.training for m in net.modules()] and all(map(torch.equal, buffers, net.buffers()))

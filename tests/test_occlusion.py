@@ -1,11 +1,16 @@
-"PatchDrop: drops exactly what it says, nested over ratios, independent of batches, honest bands, no trace"
+"PatchDrop: the published masks and fills, drops exactly what it says, nested, independent of batches, honest bands, no trace"
 import json, math
+from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from torch import nn
 from advmix.data import digits_dls, split_tensors
-from advmix.occlusion import occlude, occlusion_row, occlusion_rows, patch_masks, plot_occlusion
+from advmix.data import photos
+from advmix.models import Normalize, on_pixels
+from advmix.occlusion import _orders, _pixels, occlude, occlusion_rows, patch_masks, plot_occlusion
+
+def occlusion_row(model, x, y, ratio, **kw): return occlusion_rows(model, x, y, [ratio], **kw)[0]
 
 @pytest.fixture(scope='module')
 def digits(): return split_tensors(digits_dls(), n=60)
@@ -22,6 +27,41 @@ class Template(nn.Module):
 @pytest.fixture(scope='module')
 def template(): return Template(*split_tensors(digits_dls(), 'train'))
 
+# as published: stored by make_references.py, patch by patch, black before normalisation or zero after it
+
+REFERENCES = np.load(Path(__file__).parent/'references.npz')
+MEAN = [.485,.456,.406]
+
+@pytest.mark.parametrize('ratio', [.1,.5])
+@pytest.mark.parametrize('fill', ['black','mean'])
+def test_published_fills_and_patches(ratio, fill):
+    x = photos(28, 1)
+    cells = torch.zeros(196, dtype=torch.bool)
+    cells[torch.from_numpy(REFERENCES[f'patchdrop_index_{ratio}']).long()] = True
+    y = occlude(x, _pixels(cells.reshape(1,14,14), 28, 28), MEAN if fill=='mean' else fill)
+    torch.testing.assert_close(y, torch.from_numpy(REFERENCES[f'patchdrop_{fill}_{ratio}']), atol=1e-5, rtol=0)
+
+@pytest.mark.parametrize('ratio', [.1,.5])
+def test_published_number_of_patches(ratio):
+    m = patch_masks(5, ratio, (224,224), shared=True, floor=True)
+    assert (m==m[:1]).all()                                                          # one draw for the batch
+    cells = m[0].reshape(14,16,14,16).permute(0,2,1,3).reshape(196,-1)
+    assert cells.float().mean(1).unique().tolist()==[0,1]                            # whole patches of 16 pixels
+    assert cells[:,0].sum()==len(REFERENCES[f'patchdrop_index_{ratio}'])==int(ratio*196)
+    first = _orders([(0,0,0)], 14).flatten().argsort()[:int(ratio*196)]              # the patches that come first in the order
+    assert set(first.tolist())==set(cells[:,0].nonzero().flatten().tolist())
+
+def test_mean_is_zero_after_normalisation(digits):
+    x,y = digits
+    model = on_pixels(net().eval(), .4, .3)
+    class Holes(nn.Module):
+        "Zero after normalisation, written by hand"
+        def forward(self, z): return model[1](torch.where(patch_masks(len(z), .5, (8,8))[:,None], 0., model[0](z)))
+    row = occlusion_row(model, x, y, .5, fill='mean', draws=1)
+    assert row['accuracy']==(Holes()(x).argmax(1)==y).double().mean().item() and row['colour']==pytest.approx([.4])
+    bare = occlusion_row(model[1], x, y, .5, fill='mean', draws=1)
+    assert bare['colour']==pytest.approx([x.mean().item()]) and isinstance(model[0], Normalize)
+
 # masks
 
 @given(st.integers(1,7), st.integers(8,40), st.integers(8,40), st.integers(1,8), st.floats(0,1), st.booleans())
@@ -30,7 +70,8 @@ def test_drops_exactly_the_ratio(n, h, w, g, ratio, shared):
     m = patch_masks(n, ratio, (h,w), g, shared)
     assert m.shape==(n,h,w) and m.dtype==torch.bool
     edges = [torch.linspace(0, s, g+1).round().long() for s in (h,w)]
-    cells = torch.stack([torch.stack([m[:,a:b,c:d].float().mean((1,2)) for c,d in zip(edges[1],edges[1][1:])], 1) for a,b in zip(edges[0],edges[0][1:])], 1)
+    pairs = lambda e: list(zip(e, e[1:]))
+    cells = torch.stack([torch.stack([m[:,a:b,c:d].float().mean((1,2)) for c,d in pairs(edges[1])], 1) for a,b in pairs(edges[0])], 1)
     assert ((cells==0)|(cells==1)).all()                             # whole patches
     assert (cells.sum((1,2))==round(ratio*g*g)).all()                # exactly so many
     if h%g==0 and w%g==0: assert m.double().mean((1,2)).tolist()==pytest.approx([round(ratio*g*g)/(g*g)]*n)
@@ -57,7 +98,7 @@ def test_masks_are_uniform():
 def test_occlude():
     x,m = torch.rand(2,3,28,28),patch_masks(2, .3, (28,28))
     k = m[:,None].expand_as(x)
-    for fill,c in (('zero',torch.zeros(3)),('mean',x.mean((0,2,3))),(.5,torch.full((3,),.5)),([.1,.2,.3],torch.tensor([.1,.2,.3]))):
+    for fill,c in (('black',torch.zeros(3)),('mean',x.mean((0,2,3))),(.5,torch.full((3,),.5)),([.1,.2,.3],torch.tensor([.1,.2,.3]))):
         y = occlude(x, m, fill)
         assert torch.equal(y[~k], x[~k])
         torch.testing.assert_close(y[k], c[:,None,None].expand_as(x)[k])
@@ -73,6 +114,15 @@ def test_ends_of_the_curve(digits, template):
     assert len(rows[0]['draws'])==len(rows[-1]['draws'])==1 and len(rows[5]['draws'])==3
     assert rows[0]['accuracy']>.8 and rows[-1]['accuracy']<.25 and rows[5]['accuracy']<rows[1]['accuracy']
     json.dumps(rows)
+    for r in rows:
+        right = [int(v) for v in r['per_image'].split()]
+        assert len(right)==60 and max(right)<=r['of'] and sum(right)/60/r['of']==pytest.approx(r['accuracy'])
+
+def test_parts_are_the_whole(digits, template):
+    x,y = digits
+    whole = occlusion_row(template, x, y, .5, draws=2)
+    a,b = occlusion_row(template, x[:25], y[:25], .5, draws=2),occlusion_row(template, x[25:], y[25:], .5, draws=2, first=25)
+    assert whole['per_image']==a['per_image']+' '+b['per_image']
 
 def test_by_hand_and_in_any_batch(digits, template):
     x,y = digits
@@ -104,7 +154,8 @@ def test_plot(digits, template):
 def test_no_trace(digits):
     model = net()
     model[1].eval()
-    flags,bufs,rng,npr = [m.training for m in model.modules()],[b.clone() for b in model.buffers()],torch.get_rng_state(),np.random.get_state()[1].copy()
+    flags,bufs = [m.training for m in model.modules()],[b.clone() for b in model.buffers()]
+    rng,npr = torch.get_rng_state(),np.random.get_state()[1].copy()
     x = digits[0].clone()
     occlusion_row(model, x, digits[1], .5, draws=2)
     assert [m.training for m in model.modules()]==flags and torch.equal(x, digits[0])
@@ -116,7 +167,7 @@ def test_no_trace(digits):
     (dict(ratio=float('nan')),       'not a share'),
     (dict(ratio=.5, grid=9),         'from 1 to 8'),
     (dict(ratio=.5, grid=2.),        'whole number'),
-    (dict(ratio=.5, fill='black'),   "'zero', 'mean'"),
+    (dict(ratio=.5, fill='zero'),    "'black', 'mean'"),
     (dict(ratio=.5, fill=128),       'in \\[0,1\\]'),
     (dict(ratio=.5, fill=[0,.5]),    'each of 1 channels'),
     (dict(ratio=.5, draws=0),        'at least 1'),

@@ -3,6 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from advmix.ratio import *
+from advmix.ratio import _label_entropy as label_entropy
 
 def net(seed=0, n_in=12, n=5):
     torch.manual_seed(seed)
@@ -44,9 +45,34 @@ def test_the_value_is_torch_s(objective):
     want = -(y*lp).sum(1) if objective=='ce' else F.kl_div(lp, y, reduction='none').sum(1)
     assert (value(f,a,b,labels,lam,objective)-want).abs().max()<=1e-12
 
-def test_gradient_at_the_ends_is_finite():
+def test_gradient_at_the_ends_is_finite_and_clamped_in_the_logarithm_only():
     a,b,labels,lam = batch()
-    for e in (0.,1.): assert gradient(net(),a,b,labels,torch.full_like(lam,e),'kl').isfinite().all()
+    differ = labels[:,0]!=labels[:,1]
+    for e in (0.,1.):
+        ce,kl = (gradient(net(),a,b,labels,torch.full_like(lam,e),o) for o in ('ce','kl'))
+        gone = (1-2*e)*torch.tensor((1-1e-6)/1e-6).double().log()
+        assert torch.allclose(kl, ce-gone*differ, atol=1e-6)
+    near = torch.full_like(lam, 2e-6)   # not clamped yet
+    ce,kl = (gradient(net(),a,b,labels,near,o) for o in ('ce','kl'))
+    assert torch.allclose(ce-kl, ((1-near)/near).log()*differ, atol=1e-9)
+
+@pytest.mark.parametrize('objective', ('ce','kl'))
+@pytest.mark.parametrize('seed', range(3))
+def test_closed_form_with_perturbed_ends(objective, seed):
+    "The ratio blends the images as they are, perturbations included; the gradient is of the loss summed over the batch"
+    a,b,labels,lam = batch(seed=seed)
+    torch.manual_seed(seed)
+    za,zb = (t+.2*(2*torch.rand_like(t)-1) for t in (a,b))
+    lam, h, f = .05+.9*lam, 1e-5, net()
+    want = (value(f,za,zb,labels,lam+h,objective)-value(f,za,zb,labels,lam-h,objective))/(2*h)
+    got = gradient(f,za,zb,labels,lam,objective)
+    z = mix(za,zb,lam).requires_grad_()
+    l = source_losses(f(z), labels)
+    g, = torch.autograd.grad((lam*l[:,0]+(1-lam)*l[:,1]).sum(), z)
+    clean = ratio_grad(g, a, b, l.detach(), lam, labels[:,0]==labels[:,1], objective)
+    assert (got-want).abs().max()<=1e-7 and (clean-want).abs().max()>1e-3
+    one = torch.cat([gradient(f,za[i:i+1],zb[i:i+1],labels[i:i+1],lam[i:i+1],objective) for i in range(16)])
+    assert torch.allclose(got, one, atol=1e-12)   # the size of the batch does not enter
 
 def perfect(z): return z.flatten(1).clamp_min(1e-12).log()
 ENDS = torch.eye(2, dtype=torch.float64)[:,:,None,None]
@@ -141,9 +167,45 @@ def test_no_trace_also_when_the_model_raises():
     assert f.training and not f.bn.training and all(torch.equal(v, before[k]) for k,v in f.state_dict().items())
     assert all(p.grad is None for p in f.parameters())
 
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+def test_half_precision_logits_are_promoted(dtype):
+    torch.manual_seed(0)
+    pred, labels = 20*torch.randn(64,10).to(dtype), torch.randint(0,10,(64,2))
+    got = source_losses(pred, labels)
+    assert got.dtype==torch.float32 and torch.equal(got, source_losses(pred.float(), labels))
+    lf = nn.CrossEntropyLoss(label_smoothing=.1)
+    assert source_losses(pred, labels, lf).dtype==torch.float32
+
+def test_steps_and_their_defaults():
+    lam, g = torch.tensor([.5,.5,.5]), torch.tensor([-3.,0.,1e-9])
+    for r,s in ((.25,.0625), (.1,.025), (1.,.05), (.999,.24975), (0.,0.)):
+        assert TrustRegion(r).step==s and torch.equal(TrustRegion(r).ascend(lam, g), lam+s*torch.tensor([-1.,0.,1.]))
+    assert TrustRegion(.3, .2).step==.2 and TrustRegion(1., 0.).step==0
+
+def test_no_trace_in_a_network_that_learns():
+    "Buffers, flags and gradients stay, and what `trace` and the grid return carries no gradient"
+    f = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(.5), nn.Flatten(), nn.Linear(12,5)).double().train()
+    f(torch.rand(8,3,2,2).double()).sum().backward()
+    before = [v.clone() for v in f.state_dict().values()],[p.grad.clone() for p in f.parameters()]
+    a,b,labels,lam = batch()
+    end = [ratio_pgd(f, a, b, labels, lam, 'kl') for _ in range(2)]
+    assert torch.equal(*end) and not end[0].requires_grad   # dropout was off
+    assert not ratio_grid(f, a, b, labels, n=3)[1].requires_grad
+    assert all(map(torch.equal, before[0], f.state_dict().values())) and f.training and f[0].training
+    assert all(torch.equal(g, p.grad) for g,p in zip(before[1], f.parameters()))
+
+def test_a_grid_between_limits_per_pair_and_in_half_precision():
+    a,b,labels,lam = batch()
+    lams,vals = ratio_grid(net(), a, b, labels, 'ce', lam*.5, lam, n=3)
+    assert torch.allclose(lams, lam[:,None]*torch.tensor([.5,.75,1.]).double()) and vals.shape==(16,3)
+    lams,_ = ratio_grid(net().bfloat16(), a.bfloat16(), b.bfloat16(), labels, n=2)
+    assert lams.dtype==torch.float32 and lams[0].tolist()==[0,1]
+
 def test_clear_errors():
     a,b,labels,lam = batch()
     with pytest.raises(ValueError, match="'ce' or 'kl'"): ratio_pgd(net(), a, b, labels, lam, 'mse')
     for r in (-.1, 1.1):
         with pytest.raises(ValueError, match=r'in \[0,1\]'): TrustRegion(r)
     with pytest.raises(ValueError, match='quarter'): TrustRegion(.25, -1.)
+    with pytest.raises(ValueError, match='more outputs'): ratio_pgd(net(n=3), a, b, labels.clamp(min=3), lam)
+    with pytest.raises(ValueError, match='labels -1'): ratio_grid(net(), a, b, labels*0-1, n=2)

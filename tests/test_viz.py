@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from advmix.viz import *
+from advmix.viz import _mix_title as mix_title
 
 @pytest.fixture(autouse=True)
 def close():
@@ -19,7 +20,8 @@ def test_grid(n, nrows, shape): assert show_images(torch.rand(n,1,8,8), [str(i) 
 
 def test_images_take_what_tensors_come_as():
     x = torch.rand(2,3,8,10, requires_grad=True)
-    for o,side in ((x,(8,10)), (x.half(),(8,10)), (x.transpose(2,3),(10,8)), ((x*0).byte(),(8,10)), ([a.detach().numpy() for a in x],(8,10))):
+    for o,side in ((x,(8,10)), (x.half(),(8,10)), (x.transpose(2,3),(10,8)), ((x*0).byte(),(8,10)),
+                   ([a.detach().numpy() for a in x],(8,10))):
         assert [ax.images[0].get_array().shape for ax in show_images(o).flat]==[(*side,3)]*2
 
 def test_titles_and_rows():

@@ -1,13 +1,16 @@
-"The contract every mixer keeps, over all of `MIXES`; each method's ratios against its formula; fastai's and torchvision's own as references"
+"The contract of all `MIXES`; each method's ratios against its formula; fastai's and torchvision's own as references"
 import math, pickle, warnings
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from scipy import stats
 from scipy.special import erf
-from advmix.mix import MixUp, CutMix, Mixed, compose
-from advmix.zoo import (MIXES, RandomMix, ResizeMix, FMix, GridMix, GridMixup, SmoothMix, from_mask, unmixed, low_freq, fmix_mask, sieve_mask, enlarge)
+from advmix.mix import MixUp, CutMix, Mixed, as_terms, compose
+from advmix.zoo import MIXES, RandomMix, ResizeMix, FMix, GridMix, GridMixup, SmoothMix, from_mask
+from advmix.zoo import _enlarge as enlarge, _fmix_mask as fmix_mask, _low_freq as low_freq, _sieve_mask as sieve_mask
+from sync import check_meta, check_no_reads
 
-NAMES  = list(MIXES)
+ATTACKS = ('pgd','iat','aom')   # they move pixels, so labels aren't shares
+NAMES   = [n for n in MIXES if n not in (*ATTACKS,'manifold')]
 MOVING = ('resizemix','snapmix','puzzlemix')   # content doesn't keep its place, so there is no mask
 SIZES  = [(8,8),(32,20),(20,32),(65,33),(7,13)]
 
@@ -26,12 +29,15 @@ def probe(n, h, w):
 class Net(nn.Module):
     def __init__(self, c=3):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(c,6,3,padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.5))
+        self.body = nn.Sequential(nn.Conv2d(c,6,3,padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+                                  nn.Conv2d(6,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.5))
         self.head = nn.Linear(8,4)
     def forward(self, x): return self.head(self.body(x).mean((2,3)))
 
-VARIANTS = [(n,{}) for n in NAMES if n!='snapmix'] + [('mixup',dict(per_sample=True)), ('cutmix',dict(per_sample=True)), ('fmix',dict(max_soft=.3)), ('fmix',dict(released=True)),
-    ('gridmixup',dict(alpha=1., nx=3, area=(.3,1.), aspect=(.3,3.))), ('saliencymix',dict(per_sample=True)), ('attentivemix',dict(alpha=1.)),
+VARIANTS = [(n,{}) for n in NAMES if n!='snapmix'] + [('mixup',dict(per_sample=True)), ('cutmix',dict(per_sample=True)),
+    ('fmix',dict(max_soft=.3)), ('fmix',dict(released=True)), ('gridmix',dict(n=20)),
+    ('gridmixup',dict(alpha=1., nx=3, area=(.3,1.), aspect=(.3,3.))), ('saliencymix',dict(per_sample=True)),
+    ('attentivemix',dict(alpha=1.)),
     ('puzzlemix',dict(transport=False)), ('puzzlemix',dict(t_size=2))]
 
 @pytest.mark.parametrize('name,kw', VARIANTS)
@@ -131,7 +137,7 @@ def test_values_within_the_sources_range(name):
     top = x.amax((1,2,3))[m.idx].amax(1)
     assert (m.x.amax((1,2,3))<=top+1e-6).all() and m.x.min()>=-1e-6
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [*NAMES,*ATTACKS])
 @pytest.mark.parametrize('fails', [False,True])
 def test_model_untouched(name, fails):
     net = Net().train()
@@ -141,12 +147,14 @@ def test_model_untouched(name, fails):
     net.head(torch.rand(2,8)).sum().backward()   # some .grad are tensors, some None
     if fails: net.head = nn.Sequential(nn.Linear(9,4))
     def state(): return ([None if p.grad is None else p.grad.clone() for p in net.parameters()], [b.clone() for b in net.buffers()],
-                         [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [len(m._forward_hooks) for m in net.modules()])
+                         [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+                         [len(m._forward_hooks) for m in net.modules()])
     before,mixer = state(),MIXES[name]()
-    if fails and getattr(mixer, 'needs_model', False):
+    if fails and (name in ATTACKS or getattr(mixer, 'needs_model', False)):
         with pytest.raises((RuntimeError,ValueError)): mixer(x, y, net)
     else: mixer(x, y, net)
-    for a,b in zip(before, state()): assert all((p is q) if p is None or q is None else torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p,q in zip(a,b))
+    def same(p, q): return (p is q) if p is None or q is None else torch.equal(torch.as_tensor(p), torch.as_tensor(q))
+    for a,b in zip(before, state()): assert all(same(p, q) for p,q in zip(a,b))
 
 @pytest.mark.parametrize('name', NAMES)
 def test_defaults_work_inside_no_grad_and_autocast(name):
@@ -155,16 +163,45 @@ def test_defaults_work_inside_no_grad_and_autocast(name):
     with torch.autocast('cpu', dtype=torch.bfloat16): assert MIXES[name]()(x, y, net).x.dtype==torch.float32
     assert not MIXES[name]()(x, y, net).x.requires_grad
 
-@pytest.mark.parametrize('name', ['attentivemix','snapmix','puzzlemix'])
+@pytest.mark.parametrize('name', [n for n in MIXES if n not in NAMES[:8]])
 def test_without_a_model_the_error_says_what_works(name):
-    with pytest.raises(ValueError, match='these need none: mixup, cutmix, resizemix, fmix, gridmix, gridmixup, smoothmix, saliencymix$'): MIXES[name]()(torch.rand(2,3,8,8), torch.arange(2))
+    works = r'these need none: mixup, cutmix, resizemix, fmix, gridmix, gridmixup, smoothmix, saliencymix$'
+    words = works if name in ('attentivemix','snapmix') else r'mixer\(x, y, model\)'
+    with pytest.raises(ValueError, match=words): MIXES[name]()(torch.rand(2,3,8,8), torch.arange(2))
+
+@pytest.mark.parametrize('name', NAMES)
+def test_what_is_no_batch_of_images_is_refused(name):
+    net,y = Net(),torch.arange(4)
+    with pytest.raises(ValueError, match='divide by 255'): make(name)(torch.zeros(4,3,8,8,dtype=torch.uint8), y, net)
+    with pytest.raises(ValueError, match=r'\(B,C,H,W\)'): make(name)(torch.rand(4,8), y, net)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_channels_last_stays(name):
+    x = torch.rand(4,3,16,12).contiguous(memory_format=torch.channels_last)
+    for _ in range(4):
+        m = make(name)(x, torch.arange(4))
+        assert m.x.is_contiguous(memory_format=torch.channels_last) and make(name)(x.contiguous(), torch.arange(4)).x.is_contiguous()
+
+@pytest.mark.parametrize('name', MIXES)
+def test_no_mixer_reads_from_the_device(name):
+    "The batch, the network, and all that comes of them stay where they are, but for checks in the first batch"
+    net,x,y = Net(),torch.rand(4,3,16,12),torch.arange(4)
+    for seed in range(3):   # random branches
+        torch.manual_seed(seed)
+        check_no_reads(MIXES[name](), x, y, net)
+    check_meta(MIXES[name](), x, y, net)
+    if name in ARG: check_no_reads(make(name), x, y)
+    if name in ('fmix','mixup','cutmix','saliencymix'):
+        check_no_reads(RandomMix([name,'cutmix'], p=.9), x, y, net)
+        if name!='fmix': check_no_reads(MIXES[name](per_sample=True), x, y)
 
 LIMITS = ('mixup','cutmix','fmix','gridmix','saliencymix','attentivemix')
 @pytest.mark.parametrize('name', LIMITS)
 @pytest.mark.parametrize('lam', [0.,1.])
 def test_limits(name, lam, monkeypatch):
     for mod in ('mix','zoo','saliency'): monkeypatch.setattr(f'advmix.{mod}.rand_lam', lambda a,n: torch.full((n,), lam))
-    monkeypatch.setattr(torch, 'rand', lambda *s, **k: torch.full(s[0] if s and isinstance(s[0], (tuple,list,torch.Size)) else s, .5))   # boxes in the middle
+    def halves(*s, **k): return torch.full(s[0] if s and isinstance(s[0], (tuple,list,torch.Size)) else s, .5)
+    monkeypatch.setattr(torch, 'rand', halves)   # boxes in the middle
     x = torch.linspace(0,1,4*3*16*16).view(4,3,16,16)
     mid = lambda x, y=None: F.pad(torch.ones(len(x),1,1), (8,7,8,7))
     m = make(name, mid, **(dict(alpha=1.) if name=='attentivemix' else {}))(x, torch.arange(4))
@@ -204,9 +241,11 @@ def test_mixers_pickle(name):
 
 # ---------------------------------------------------------------- registry, RandomMix
 def test_registry():
-    assert NAMES==['mixup','cutmix','resizemix','fmix','gridmix','gridmixup','smoothmix','saliencymix','attentivemix','snapmix','puzzlemix']
-    assert all(isinstance(c, type) for c in MIXES.values()) and 'cutmix' in MIXES and MIXES.get('nope') is None and len(MIXES)==11
-    assert dict(MIXES)['puzzlemix'].__module__=='advmix.saliency' and all(MIXES[n].blend==(n=='mixup') for n in NAMES)
+    assert list(MIXES)==['mixup','cutmix','resizemix','fmix','gridmix','gridmixup','smoothmix','saliencymix','attentivemix','snapmix',
+                         'puzzlemix','manifold','pgd','iat','aom']
+    assert all(isinstance(c, type) for c in MIXES.values()) and 'cutmix' in MIXES and MIXES.get('nope') is None and len(MIXES)==15
+    assert dict(MIXES)['puzzlemix'].__module__=='advmix.puzzle' and all(MIXES[n].blend==(n=='mixup') for n in NAMES)
+    assert [n for n in MIXES if not getattr(MIXES[n], 'needs_model', False)]==NAMES[:8]
     with pytest.raises(KeyError, match="'nope' unknown: use one of mixup, cutmix"): MIXES['nope']
 
 def test_random_mix():
@@ -217,14 +256,61 @@ def test_random_mix():
     assert all(torch.equal(RandomMix(['mixup'], p=0.)(x, y).x, x) for _ in range(3))
     counts = sum(RandomMix([('cutmix',1),('mixup',1)], p=.5)(x).x is x for _ in range(300))
     assert 110<counts<190
-    m = unmixed(x)
-    assert m.mask.shape==(4,2,16,16) and torch.allclose(m.loss(F.cross_entropy, torch.eye(4), y), F.cross_entropy(torch.eye(4), y))
-    for bad in ([], [('cutmix',-1)]):
-        with pytest.raises(ValueError): RandomMix(bad)
-    with pytest.raises(KeyError): RandomMix(['cutmx'])
 
-@pytest.mark.parametrize('bad', [lambda: ResizeMix((.8,.1)), lambda: ResizeMix((0,2)), lambda: FMix(alpha=0), lambda: FMix(decay=-1), lambda: FMix(max_soft=2), lambda: GridMix(n=0),
-    lambda: GridMix(local=True), lambda: GridMixup(nx=0), lambda: GridMixup(alpha=(0,2)), lambda: SmoothMix((0,1)), lambda: SmoothMix(.3)])
+def test_random_mix_follows_its_weights():
+    coin  = RandomMix([(lambda *a: 'heads', 3), (lambda *a: 'tails', 1)])
+    heads = sum(coin(None)=='heads' for _ in range(2000))
+    assert abs(heads/2000-.75)<.04
+
+def test_random_mix_passes_terms_on_and_binds_losses():
+    x,y = torch.rand(4,3,16,16),torch.arange(4)
+    class Two:
+        loss = None
+        def __call__(self, x, y=None, model=None): return [(.5, Mixed.unmixed(x)), (.5, MixUp()(x))]
+    two = Two()
+    assert [w for w,_ in as_terms(RandomMix([two])(x, y))]==[.5,.5]
+    outer = RandomMix([RandomMix([two,'cutmix']), two, MixUp()])
+    bound = outer.with_loss(F.nll_loss)
+    assert bound.mixers[0].mixers[0].loss is F.nll_loss and bound.mixers[1].loss is F.nll_loss and bound.mixers[2] is outer.mixers[2]
+    assert two.loss is None and outer.mixers[1] is two and bound.weights is outer.weights
+
+def fastai_mixup():
+    from fastai.callback.mixup import MixUp as Theirs
+    return Theirs
+
+WRONG = dict(
+    empty   = (lambda: RandomMix([]),                       ValueError, 'must be a list of mixers'),
+    name    = (lambda: RandomMix('cutmix'),                 ValueError, 'must be a list'),
+    mixer   = (lambda: RandomMix(MixUp()),                  ValueError, 'must be a list'),
+    mapping = (lambda: RandomMix(dict(cutmix=1)),           ValueError, 'must be a list'),
+    weight  = (lambda: RandomMix([('cutmix',-1)]),          ValueError, 'weight=-1 must be'),
+    zero    = (lambda: RandomMix([('cutmix',0)]),           ValueError, 'weight=0 must be'),
+    unknown = (lambda: RandomMix(['cutmx']),                KeyError,   'use one of mixup'),
+    triple  = (lambda: RandomMix([('cutmix',1,2)]),         ValueError, 'must be a pair'),
+    single  = (lambda: MIXES.make(('cutmix',.5)),           TypeError,  r"write pairs in a list, \[\('cutmix', 0.5\)"),
+    p       = (lambda: RandomMix(['mixup'], p=2),           ValueError, 'no probability'),
+    p_none  = (lambda: RandomMix(['mixup'], p=None),        ValueError, 'no probability'),
+    weights = (lambda: RandomMix(['mixup','cutmix'], [1,2]), ValueError, 'weights go into pairs'),
+    a_class = (lambda: MIXES.make(MixUp),                   TypeError,  r'MixUp is a class: give an instance, MixUp\(\)'),
+    classes = (lambda: MIXES.make([MixUp,CutMix]),          TypeError,  'MixUp is a class'),
+    none    = (lambda: MIXES.make(None),                    TypeError,  'is no mixer'),
+    tensor  = (lambda: MIXES.make(torch.rand(2)),           TypeError,  'is no mixer'),
+    theirs  = (lambda: MIXES.make(fastai_mixup()()),        TypeError,  r'MixUp is a callback.*advmix.mix.MixUp\(\)'),
+    them    = (lambda: MIXES.make([fastai_mixup()]),        TypeError,  'MixUp is a callback'))
+@pytest.mark.parametrize('name', WRONG)
+def test_what_is_no_mixer_is_refused_at_once(name):
+    call,exc,words = WRONG[name]
+    with pytest.raises(exc, match=words): call()
+
+def test_make():
+    m,f,net = MixUp(),lambda x, y=None, model=None: Mixed.unmixed(x),nn.Linear(1,1)
+    assert MIXES.make(m) is m and MIXES.make(f) is f and MIXES.make(net) is net and isinstance(MIXES.make('cutmix'), CutMix)
+    r = MIXES.make(('cutmix',(m,3),f))
+    assert isinstance(r, RandomMix) and r.weights.tolist()==[1,3,1] and r.mixers[1:]==[m,f]
+
+@pytest.mark.parametrize('bad', [lambda: ResizeMix((.8,.1)), lambda: ResizeMix((0,2)), lambda: FMix(alpha=0), lambda: FMix(decay=-1),
+    lambda: FMix(max_soft=2), lambda: GridMix(n=0), lambda: GridMix(local=True), lambda: GridMixup(nx=0), lambda: GridMixup(alpha=(0,2)),
+    lambda: SmoothMix((0,1)), lambda: SmoothMix(.3)])
 def test_bad_settings(bad):
     with pytest.raises(ValueError): bad()
 
@@ -273,7 +359,8 @@ def test_cutmix_agrees_with_fastai(monkeypatch):
         monkeypatch.setattr('advmix.mix.rand_pairs', lambda x: torch.stack([torch.arange(6), perm], 1))
         monkeypatch.setattr('advmix.mix.rand_box',   lambda *a: torch.tensor([[t,b,l,r]]))
         m = CutMix()(clean, y)
-        assert torch.allclose(m.x, learn.xb[0]) and torch.allclose(m.w[:,0], torch.as_tensor(cb.lam).float().view(-1).expand(6), atol=1e-6)
+        assert torch.allclose(m.x, learn.xb[0])
+        assert torch.allclose(m.w[:,0], torch.as_tensor(cb.lam).float().view(-1).expand(6), atol=1e-6)
 
 @pytest.mark.parametrize('ours,theirs', [(MixUp,'MixUp'),(CutMix,'CutMix')])
 def test_agrees_with_torchvision(ours, theirs, monkeypatch):
@@ -318,7 +405,8 @@ def test_resizemix_area():
     w = own_weights(ResizeMix(), 1000, (64,64))
     assert ks(w, lambda v: 1-(np.sqrt(np.clip(1-v,0,1))-.1)/.7)<TOL
     assert w.min()>=1-.8**2-1e-6 and w.max()<=1-(6/64)**2+1e-6
-    places = torch.cat([(ResizeMix((.25,.25))(probe(16,32,32)[0]).x[range(16),range(16)]<.5).float().flatten(1).argmax(1) for _ in range(20)])
+    def corners(m): return (m.x[range(16),range(16)]<.5).float().flatten(1).argmax(1)
+    places = torch.cat([corners(ResizeMix((.25,.25))(probe(16,32,32)[0])) for _ in range(20)])
     assert places.unique().numel()>100   # one place per image
 
 def test_fmix_spectrum_against_numpy():
@@ -348,6 +436,9 @@ def test_gridmixup_holes():
             assert abs(sieve_mask(lam, 64, 64, nx).mean().item()-(1-(hole*nx/64)**2))<1e-6
     w = own_weights(GridMixup(nx=1), 1000, (128,128))
     assert ks(w, stats.uniform(.1,.8).cdf)<TOL
+    for size,shares in ((32,.2),(64,.2),(224,.2),(8,.15)):   # by default ratios vary at every size
+        w = own_weights(GridMixup(), 300, (size,size))
+        assert w.std()>shares, size
     for aspect in (.01,.2,5,100):   # tall and wide rectangles stay inside and are never empty
         for _ in range(20): assert 0<1-sieve_mask(.5, 16, 24, 3, .5, aspect).mean()<1
 
@@ -368,4 +459,7 @@ def test_enlarge_and_from_mask():
     x = torch.rand(3,2,4,4)
     m = from_mask(x, torch.rand(3,4,4), torch.tensor([.5]), torch.tensor([[0,1],[1,2],[2,0]]))
     assert isinstance(m, Mixed) and torch.equal(m.lam, torch.full((3,2), .5))
-    with pytest.raises(Exception): from_mask(x, torch.rand(3,4,5))
+    for bad in (torch.rand(3,4,5), torch.rand(3,5,4), torch.rand(4,4), torch.rand(3,1,4,4)):
+        with pytest.raises(ValueError, match='at most one value per pixel'): from_mask(x, bad)
+    cells = from_mask(x, torch.rand(3,3,2), idx=m.idx)   # cells of a grid become blocks
+    assert all(cells.mask[:,0,[i*4//3 for i in range(3)]].unique().numel()<=18 for _ in range(1)) and cells.mask.shape==(3,2,4,4)
