@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['autoattack']
 
-# %% ../nbs/51_autoattack.ipynb #ab09dac2
+# %% ../nbs/51_autoattack.ipynb #f4c94bf8
 import hashlib, json, logging, math, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,10 +18,12 @@ from fastprogress.fastprogress import progress_bar
 from pyautoattack import AutoAttack, checks
 from .core import *
 from .attack import *
+from .verdict import *
 from .evaluate import *
 
 # %% ../nbs/51_autoattack.ipynb #a46cd687
-_versions = dict(standard=('apgd-ce','apgd-t','fab-t','square'), plus=('apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'))
+_versions = dict(standard=('apgd-ce','apgd-t','fab-t','square'),
+                 plus=('apgd-ce','apgd-dlr','fab','square','apgd-t','fab-t'))
 
 @dataclass(frozen=True)
 class _Job:
@@ -39,7 +41,7 @@ def _official(net, attack, job, n_classes):
     version = 'plus' if job.version=='plus' else 'standard'
     aa = AutoAttack(net, eps=job.eps, norm=dict(linf='Linf', l2='L2', l1='L1')[job.norm], seed=job.seed,
                     version=version, device=device_of(net))
-    for a in (aa.apgd_targeted, aa.fab): a.n_target_classes = min(a.n_target_classes, n_classes-1)   # written for ten classes
+    for a in (aa.apgd_targeted, aa.fab): a.n_target_classes = min(a.n_target_classes, n_classes-1)   # made for ten
     aa.attacks_to_run = [attack]
     return aa
 
@@ -48,18 +50,17 @@ def _official(net, attack, job, n_classes):
 def _listen(found):
     "Collect the warnings of the official code in `found`, each once, and print none"
     log,h = logging.getLogger('auto-attack'),logging.Handler(logging.WARNING)
-    def note(r):
-        msg = r.getMessage().split(' See flags_doc')[0].strip()
-        if msg not in found: found.append(msg)
-    h.emit,old = note,(log.level, log.propagate, log.disabled)
+    h.emit = lambda r: heard.append(r.getMessage().split(' See flags_doc')[0].strip())
+    heard,old = [],(log.level, log.propagate, log.disabled)
     log.addHandler(h)
-    log.level,log.propagate,log.disabled = logging.WARNING,False,False
-    log.manager._clear_cache()
+    log.setLevel(logging.WARNING)
+    log.propagate = log.disabled = False
     try: yield
     finally:
         log.removeHandler(h)
-        log.level,log.propagate,log.disabled = old
-        log.manager._clear_cache()
+        log.setLevel(old[0])
+        log.propagate,log.disabled = old[1:]
+        found += [m for m in dict.fromkeys(heard) if m not in found]
 
 # %% ../nbs/51_autoattack.ipynb #42bfd663
 def _run(net, x, y, attack, job, n_classes, found):
@@ -74,10 +75,12 @@ _needs = {'apgd-t':4, 'apgd-dlr':3}   # logits in their loss
 
 def _asked(version, attacks, norm, order):
     "The attacks of a version, or those asked for; `ValueError` for what there isn't"
-    for k,v,known in (('norm', norm, ('linf','l2','l1')), ('version', version, ('standard','plus','individual')), ('order', order, ('batch','attack'))):
-        if v not in known: raise ValueError(f'{k} {v!r} unknown: use {", ".join(known)}')
+    known = dict(norm=('linf','l2','l1'), version=('standard','plus','individual'), order=('batch','attack'))
+    for k,v in dict(norm=norm, version=version, order=order).items():
+        if v not in known[k]: raise ValueError(f'{k} {v!r} unknown: use {", ".join(known[k])}')
     every = _versions.get(version, _versions['standard'])
-    if unknown := set(attacks or ())-set(every): raise ValueError(f'attacks {sorted(unknown)} are not part of {version}: choose from {", ".join(every)}')
+    if bad := set(attacks or ())-set(every):
+        raise ValueError(f'attacks {sorted(bad)} are not part of {version}: choose from {", ".join(every)}')
     return [a for a in every if a in attacks] if attacks else list(every)
 
 def _narrowed(asked, n_classes, blind):
@@ -85,8 +88,9 @@ def _narrowed(asked, n_classes, blind):
     if n_classes<2: raise ValueError('the model has one class: there is nothing to attack')
     few = [a for a in asked if n_classes<_needs.get(a, 2)]
     run = [a for a in asked if a not in few and not (blind and a!='square')]
-    flags  = [f'{n_classes} classes: {", ".join(few)} left out, whose loss compares {max(map(_needs.get, few), default=0)} of them']*bool(few)
-    flags += [f'no gradient reaches the pixels ({blind}): only square was run, which needs none; a low number would count, a high one proves little']*bool(blind)
+    flags = []
+    if few: flags.append(f'{n_classes} classes: {", ".join(few)} left out, which compares {max(map(_needs.get, few))}')
+    if blind: flags.append(f'no gradient reaches the pixels ({blind}): only square was run, which proves little')
     if not run: raise ValueError(f'none of the attacks {", ".join(asked)} can be run ({"; ".join(flags)}): add square')
     return run,flags
 
@@ -138,9 +142,10 @@ def save(self:_State, path):
 def load(cls:_State, path, key):
     "Read a state; `ValueError` if the file is none, or that of another run"
     try: s = cls(**torch.load(path, weights_only=True))
-    except Exception as e: raise ValueError(f'{path} is not a state file ({type(e).__name__}): remove it or give another `state`') from e
-    if s.key!=key: raise ValueError(f'{path} belongs to another run (other weights, data or settings): remove it or give another `state`')
-    return s
+    except Exception as e:
+        raise ValueError(f'{path} is not a state file ({type(e).__name__}): remove it or give another `state`') from e
+    if s.key==key: return s
+    raise ValueError(f'{path} belongs to another run (weights, data or settings): remove it or give another `state`')
 
 # %% ../nbs/51_autoattack.ipynb #eb638c40
 def _key(model, x, y, job):
@@ -151,7 +156,7 @@ def _key(model, x, y, job):
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if v.numel() else b'')
     return h.hexdigest()
 
-# %% ../nbs/51_autoattack.ipynb #8c4988ce
+# %% ../nbs/51_autoattack.ipynb #c214ae89
 @patch
 def left(self:_State, k, job):
     "What attack number `k` gets to see `(N,)`"
@@ -160,7 +165,8 @@ def left(self:_State, k, job):
 @patch
 def stages(self:_State, job):
     "One line per attack: what stands after it, and what it took"
-    acc = [self.left(k+1, job) if job.version!='individual' else self.clean&~self.fooled[k] for k in range(len(job.attacks))]
+    alone = job.version=='individual'
+    acc   = [self.clean & ~self.fooled[k if alone else 0:k+1].any(0) for k in range(len(job.attacks))]
     return [dict(name=a, accuracy=s.double().mean().item(), seconds=round(t, 3), forwards=int(f), backwards=int(b))
             for a,s,(t,f,b) in zip(job.attacks, acc, self.cost.tolist())]
 
@@ -190,37 +196,34 @@ def _batch(net, x, y, s, i, k, job, n_classes):
 def _cascade(net, x, y, s, job, n_classes, save, bar):
     "Every block of images through every attack, from where `s` is"
     blocks = torch.arange(len(x)).split(job.bs if job.order=='batch' else len(x))
+    cost   = {a: f for a,(f,_) in _passes(n_classes, job.version, job.attacks, job.norm).items()}
     while s.stage<len(blocks)*len(job.attacks):
         b,k  = divmod(s.stage, len(job.attacks))
         todo = blocks[b][s.left(k, job)[blocks[b]]]
-        bar.plan(s, blocks, job)
+        bar.plan(s, blocks, job, cost)
         while s.pos<len(todo):
             _batch(net, x, y, s, todo[s.pos:s.pos+job.bs], k, job, n_classes)
             save()
         s.stage,s.pos = s.stage+1,0
         save()
 
-# %% ../nbs/51_autoattack.ipynb #055fd94f
+# %% ../nbs/51_autoattack.ipynb #188d1462
 class _Bar:
-    "Progress in forward passes; what remains is at most what stands times the passes per image"
+    "Progress in forward passes: those done, and at most those that images still standing may need"
     def __init__(self, show):
         self.bar = progress_bar(range(1000), parent=None if show is True else show) if show else None
         self.done,self.rest = 0,1
-        if show: self.bar.update(0)
-    def plan(self, s, blocks, job):
-        cost = [a for a,_ in _passes(10, 'plus' if job.version=='plus' else 'standard', None, job.norm).values()]
-        cost = dict(zip(_versions['plus' if job.version=='plus' else 'standard'], cost))
+        self.show(0)
+    def plan(self, s, blocks, job, cost):
         b,k  = divmod(s.stage, len(job.attacks))
         here = int(s.left(k, job)[blocks[b]].sum())*sum(cost[a] for a in job.attacks[k:])
-        more = sum(len(o) for o in blocks[b+1:])
-        per  = s.cost[:,1].sum().item()/sum(len(o) for o in blocks[:b]) if b else sum(cost[a] for a in job.attacks)
-        self.rest = self.done+max(1, here+more*per)
+        self.rest = self.done+max(1, here+sum(len(o) for o in blocks[b+1:])*sum(cost.values()))
         if self.bar is not None: self.bar.comment = job.attacks[k]
     def tick(self, n):
         self.done += n
-        if self.bar is not None: self.bar.update(int(min(999, 1000*self.done//self.rest)))
-    def end(self):
-        if self.bar is not None: self.bar.update(1000)
+        self.show(int(min(999, 1000*self.done//self.rest)))
+    def show(self, k):
+        if self.bar is not None: self.bar.update(k)
 
 def _saver(s, path):
     "Saves `s` if that takes less than a twentieth of the time, or by force"
@@ -234,16 +237,16 @@ def _saver(s, path):
         took = at-t
     return save
 
-# %% ../nbs/51_autoattack.ipynb #b11bbfac
+# %% ../nbs/51_autoattack.ipynb #e210411a
 def _square_helped(s, job):
     "A sentence if Square found more than attacks that follow gradients should leave"
     if 'square' not in job.attacks or len(job.attacks)<2: return []
     from scipy.stats import binom   # here, because it takes a while to import
     k = job.attacks.index('square')
-    before = s.clean & ~s.fooled[[i for i in range(len(job.attacks)) if i<k or job.version=='individual' and i!=k]].any(0)
-    n,m = (before&s.fooled[k]).sum().item(),before.sum().item()
+    before = s.clean & ~s.fooled[:k].any(0)
+    n,m = (before & s.fooled[k]).sum().item(),before.sum().item()
     if not m or binom.sf(n-1, m, .01)>=.01: return []
-    return [f'Square, which sees no gradients, fooled {n} of {m} images that the other attacks did not: their gradients may mislead']
+    return [f'Square, which sees no gradients, fooled {n} of {m} images that stood before: the gradients may mislead']
 
 # %% ../nbs/51_autoattack.ipynb #2de8334a
 def autoattack(
@@ -252,15 +255,15 @@ def autoattack(
     y:Tensor,               # True labels `(N,)`
     eps:float=8/255,        # Radius, in pixels
     norm:str='linf',        # 'linf', 'l2' or 'l1'
-    version:str='standard', # 'standard', 'plus' (six attacks, more restarts), or 'individual' (each of the four on its own)
+    version:str='standard', # 'standard', 'plus' (six attacks, restarts), 'individual' (each of the four on its own)
     attacks:tuple=None,     # Run only these; the result is then named after them
     bs:int=250,             # Images per pass; larger is faster on a GPU, and draws other random numbers
     seed:int=0,             # Of the draws in every batch
     state=None,             # A file to resume from
     progress=True,          # Show a bar: True, False, or a fastprogress `master_bar` to show it under
-    order:str='batch',      # 'batch': each batch through all attacks; 'attack': each attack over all images, as the package does
+    order:str='batch',      # 'batch': each batch through all attacks; 'attack': each attack over all images
 )->Verdict:                 # With `stages`, one per attack, `by` and `flags`
-    "AutoAttack (Croce & Hein, arXiv 2003.01690) by its authors' code: which images stand after all attacks; `ValueError` says what the model lacks"
+    "What stands after AutoAttack (arXiv 2003.01690) by its authors' code; `ValueError` says what the model lacks"
     replace(Threat(), eps=eps, step=0, norm='l2' if norm!='linf' else norm)   # refuses what is not a radius
     asked,bar = _asked(version, attacks, norm, order),_Bar(progress)
     training,kind = any(m.training for m in model.modules()),next((p.dtype for p in model.parameters()), torch.float32)
@@ -274,78 +277,18 @@ def autoattack(
         job   = _Job(float(eps), norm, version, run, bs, seed, order)
         state = Path(state) if state is not None else None
         key   = _key(model, x, y, job) if state else ''
-        fresh = _State(key, right, torch.zeros(len(run), len(x), dtype=torch.bool), x.clone(), torch.zeros(len(run), 3, dtype=torch.float64))
+        none  = torch.zeros(len(run), len(x), dtype=torch.bool)
+        fresh = _State(key, right, none, x.clone(), torch.zeros(len(run), 3, dtype=torch.float64))
         s     = _State.load(state, key) if state and state.exists() else fresh
         save  = _saver(s, state)
         try: _cascade(net, x, y, s, job, out.shape[1], save, bar)
         finally: save(force=True)
-    bar.end()
+    bar.show(1000)
     flags += s.flags+_square_helped(s, job)
     if training: flags.append('the model was in training mode: it was evaluated in evaluation mode')
     if kind!=torch.float32: flags.append(f'the model is {kind}: a float32 copy of it was evaluated')
     t,f,b = s.cost.sum(0).tolist()
-    return Verdict(_name(version, run), s.clean&~s.fooled.any(0), s.adv, t, int(f), int(b), asdict(job), flags, s.stages(job), s.by(job))
+    stands  = s.clean & ~s.fooled.any(0)
+    return Verdict(_name(version, run), stands, s.adv, t, int(f), int(b), asdict(job), flags, s.stages(job), s.by(job))
 
 autoattack.passes = _passes
-
-# %% ../nbs/51_autoattack.ipynb #3ce15f77
-@patch(cls_method=True)
-def parts(cls:Verdict, n:int, k:int, bs:int=250)->list: # `k` slices of `n` images
-    "Consecutive parts of about equal length, all but the last of whole batches; `ValueError` if there are fewer batches than parts"
-    m = -(-n//bs)
-    if not 1<=k<=m: raise ValueError(f'{n} images are {m} batches of {bs} and cannot be divided into {k} parts: take fewer parts or a smaller bs')
-    ends = [bs*(m*i//k) for i in range(k)]+[n]
-    return [slice(a, b) for a,b in zip(ends, ends[1:])]
-
-@patch(cls_method=True)
-def merge(cls:Verdict, parts):
-    "One verdict from those on consecutive parts of the images; `ValueError` if their names or settings differ"
-    parts = list(parts)
-    for what in ('name','settings'):
-        seen = [getattr(v, what) for v in parts]
-        if any(s!=seen[0] for s in seen): raise ValueError(f'the parts differ in {what} ({seen[0]} and others): merge parts of one evaluation')
-    total = {k: sum(getattr(v, k) for v in parts) for k in ('seconds','forwards','backwards')}
-    join  = lambda k: None if any(getattr(v, k) is None for v in parts) else [o for v in parts for o in getattr(v, k)]
-    adv   = join('adv')
-    return cls(parts[0].name, torch.cat([v.stands for v in parts]), None if adv is None else torch.stack(adv), by=join('by'),
-               settings=parts[0].settings, flags=list(dict.fromkeys(join('flags'))), stages=_merged(parts), **total)
-
-# %% ../nbs/51_autoattack.ipynb #88aa0c61
-def _merged(parts):
-    "The stages of merged verdicts: accuracies weighted by images, costs added"
-    n = [len(v.stands) for v in parts]
-    def one(rows):
-        cost = {k: sum(r[k] for r in rows) for k in ('seconds','forwards','backwards')}
-        return dict(name=rows[0]['name'], accuracy=sum(round(r['accuracy']*m) for r,m in zip(rows, n))/sum(n), **cost)
-    return [one(rows) for rows in zip(*[v.stages for v in parts])]
-
-# %% ../nbs/51_autoattack.ipynb #7c2e9a11
-@patch(cls_method=True)
-def from_row(cls:Verdict, row:dict):
-    "The verdict that gave this row, without its images; `ValueError` if the row is none of a verdict"
-    r = {k:v for k,v in row.items() if k not in ('accuracy','n')}
-    if not isinstance(r.get('stands'), str): raise ValueError(f"row {row.get('name')!r} holds no verdicts on single images")
-    stands = torch.tensor([c=='1' for c in r.pop('stands')])
-    by = ['']*len(stands) if 'by' in r else None
-    for k,v in r.pop('by', {}).items():
-        for i in v: by[i] = k
-    own = {k: r.pop(k) for k in ('name','seconds','forwards','backwards','flags','stages') if k in r}
-    return cls(**own, stands=stands, by=by, settings=r)
-
-# %% ../nbs/51_autoattack.ipynb #2b6c1f0e
-@patch(cls_method=True)
-def worst(cls:Verdict, verdicts, name:str='worst case'):
-    "What stands under all `verdicts` on the same images, the first that an image fell to in `by`; `ValueError` if their numbers differ"
-    verdicts = list(verdicts)
-    if len({len(v.stands) for v in verdicts})!=1:
-        raise ValueError(f'verdicts on {[len(v.stands) for v in verdicts]} images: the worst case needs at least one, all on the same images')
-    stands,by = torch.ones_like(verdicts[0].stands),['']*len(verdicts[0].stands)
-    adv = None if verdicts[0].adv is None else verdicts[0].adv.clone()
-    for v in verdicts:
-        new = stands & ~v.stands
-        for i in new.nonzero()[:,0].tolist(): by[i] = v.by[i] if v.by else v.name
-        if adv is not None and v.adv is not None: adv[new] = v.adv[new]
-        stands &= v.stands
-    total = {k: sum(getattr(v, k) for v in verdicts) for k in ('seconds','forwards','backwards')}
-    kept  = {k:o for k,o in verdicts[-1].settings.items() if k in ('eps','norm','seed')}
-    return cls(name, stands, adv, by=by, settings=kept, **total)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Companion', 'EMACallback']
 
-# %% ../nbs/41_average.ipynb #b735903f
+# %% ../nbs/41_average.ipynb #7ca4eebc
 import math
 from copy import deepcopy
 import torch
@@ -16,21 +16,21 @@ from fastai.torch_core import apply, get_model as bare, num_distrib
 from .core import *
 from .ema import *
 
-# %% ../nbs/41_average.ipynb #ea9d1bd4
+# %% ../nbs/41_average.ipynb #c09ba93e
 class _Hook:
     "Carries a companion's tensors in the model's `state_dict`; copied or pickled, it does nothing"
     def __init__(self, cb=None): self.cb = cb
     def __reduce__(self): return _Hook,()
     def __call__(self, module, state_dict, prefix, meta):
         if self.cb is None: return
-        state = self.cb.state() or dict(empty=torch.zeros(1))   # "there is none yet" is worth saving: `lr_find` goes back to it
+        state = self.cb.state() or dict(empty=torch.zeros(1))   # none yet is a state, too: `lr_find` returns to it
         state_dict.update({f'{prefix}advmix.{self.cb.key}.{k}':v for k,v in state.items()})
     def load(self, module, state_dict, prefix, *args):
         start = f'{prefix}advmix.{self.cb.key}.' if self.cb is not None else ' '
         found = {k[len(start):]:state_dict.pop(k) for k in list(state_dict) if k.startswith(start)}
-        if found: self.cb.load_state({k:v for k,v in found.items() if k!='empty'})   # a plain file says nothing about the companion
+        if found: self.cb.load_state({k:v for k,v in found.items() if k!='empty'})   # a plain file says nothing of it
 
-# %% ../nbs/41_average.ipynb #08f1341c
+# %% ../nbs/41_average.ipynb #e71bbb52
 class _Twin(Metric):
     "`metric`, computed on the predictions of the companion `cb`"
     fed = False
@@ -49,11 +49,13 @@ class _Twin(Metric):
     @property
     def name(self): return f'{self.metric.name}{self.suffix}'
 
-def _has_twin(m): return type(m).accumulate is not Metric.accumulate and not isinstance(m, (_Twin, AvgLoss, AvgSmoothLoss))
+def _has_twin(m):
+    "Does this metric look at predictions?"
+    return type(m).accumulate is not Metric.accumulate and not isinstance(m, (_Twin, AvgLoss, AvgSmoothLoss))
 
-# %% ../nbs/41_average.ipynb #38308922
+# %% ../nbs/41_average.ipynb #a3584c0e
 class Companion(Callback):
-    "Networks beside the model: saved with it, validated in `_ema` columns, gone with their callback; `ValueError` for two of one name"
+    "Networks beside the model: saved with it, validated in `_ema` columns, gone with it; `ValueError` for two of one name"
     order,columns,instead = 4,True,False   # before `MixCallback` (5), to see clean images
     slow_pred,hook,handles = None,None,()
     _stateattrs = 'slow_pred','hook','handles'
@@ -78,7 +80,8 @@ class Companion(Callback):
         if self.hook is not None and any(h is self.hook for h in net._state_dict_hooks.values()): return
         for h in self.handles: h.remove()
         self.hook = _Hook(self)
-        self.handles = [net.register_state_dict_post_hook(self.hook), net.register_load_state_dict_pre_hook(self.hook.load)]
+        self.handles = [net.register_state_dict_post_hook(self.hook),
+                        net.register_load_state_dict_pre_hook(self.hook.load)]
 
     def leave(self):
         "Take hooks and columns back"
@@ -90,7 +93,7 @@ class Companion(Callback):
         "One column for every metric that has none yet"
         self.board()
         all_ = [cb for cb in self.learn.cbs if isinstance(cb, Companion)]
-        if [cb.key for cb in all_].count(self.key)>1: raise ValueError(f'two callbacks are called {self.key}: remove one')
+        if [cb.key for cb in all_].count(self.key)>1: raise ValueError(f'two callbacks are called {self.key}')
         if not self.columns: return
         n,mine = all_.index(self),[m.of for m in self.learn.metrics if isinstance(m, _Twin) and m.cb is self]
         new = [m for m in self.learn.metrics if _has_twin(m) and not any(m is o for o in mine)]
@@ -118,19 +121,21 @@ class Companion(Callback):
         bs  = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
         return (self.n_epoch-self.epoch)*len(dl)//max(1, math.ceil(max(acc, default=1)/bs))
 
-# %% ../nbs/41_average.ipynb #a5f25d57
+# %% ../nbs/41_average.ipynb #93b89e28
 class EMACallback(Companion):
     "Average the weights, and validate the average too; `ValueError` for a decay outside [0,1]"
     average,begun,seen = None,False,0
     def __init__(self,
-        decay:float=None,       # Momentum $m$ of the average, or its first one where `final` is given; None: see `Average`
+        decay:float=None,       # Momentum $m$, or the first one where `final` is given; None: see `Average`
         *,
         final:float=None,       # Last momentum, reached along a cosine; None: constant
         validate:str='both',    # 'both': the average in `_ema` columns; 'average': the average instead; 'student'
     ):
-        if validate not in ('both','average','student'): raise ValueError(f"validate={validate!r} unknown: use 'both', 'average' or 'student'")
+        if validate not in ('both','average','student'):
+            raise ValueError(f"validate={validate!r} unknown: use 'both', 'average' or 'student'")
         for k,v in dict(decay=decay, final=final).items():
-            if v is not None and not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: .999 averages over about a thousand steps')
+            if v is not None and not 0<=v<=1:
+                raise ValueError(f'{k}={v} is outside [0,1]: .999 averages over about a thousand steps')
         if decay is None and final is not None: raise ValueError(f'final={final} without decay: give both, or neither')
         self.momenta,self.validate = (decay, final),validate
         self.columns,self.instead = validate=='both',validate=='average'
@@ -162,4 +167,5 @@ class EMACallback(Companion):
 
     def after_step(self):
         "One update per step of the optimiser; none where half precision skipped it"
-        if not getattr(getattr(self.learn, 'mixed_precision', None), 'skipped', False): self.average.update(bare(self.learn.model))
+        if getattr(getattr(self.learn, 'mixed_precision', None), 'skipped', False): return
+        self.average.update(bare(self.learn.model))

@@ -28,7 +28,7 @@ def _checked(logits, y):
                          'give the output before the softmax, or their log')
     return logits.detach().double(),y.long()
 
-# %% ../nbs/55_calibration.ipynb #9378f5e0
+# %% ../nbs/55_calibration.ipynb #08c4bc4a
 def _scores(logits, y):
     "Per image: confidence of the predicted class, whether it is right, negative log-likelihood, Brier score"
     z,y = _checked(logits, y)
@@ -37,7 +37,7 @@ def _scores(logits, y):
     nll   = F.cross_entropy(z, y, reduction='none')
     return dict(confidence=p.amax(1).float(), right=p.argmax(1)==y, nll=nll, brier=brier)
 
-# %% ../nbs/55_calibration.ipynb #c13bbb97
+# %% ../nbs/55_calibration.ipynb #d5d7c800
 def _bins(conf, n_bins, adaptive):
     "The bin of each image, as torchmetrics numbers them, but with confidence 1 in the last"
     if not (isinstance(n_bins, int) and n_bins>0):
@@ -49,7 +49,7 @@ def _bins(conf, n_bins, adaptive):
     for i,part in enumerate(conf.cpu().argsort(stable=True).tensor_split(n_bins)): k[part] = i
     return k
 
-# %% ../nbs/55_calibration.ipynb #af27d43e
+# %% ../nbs/55_calibration.ipynb #a14a52cf
 def _by_bin(conf, right, n_bins, adaptive):
     "Mean confidence, accuracy and number of images of the bins that have any"
     k = _bins(conf, n_bins, adaptive)
@@ -57,7 +57,7 @@ def _by_bin(conf, right, n_bins, adaptive):
     total = lambda v: k.bincount(v.cpu().double(), minlength=n_bins)[n>0]/n[n>0]
     return total(conf),total(right),n[n>0]
 
-# %% ../nbs/55_calibration.ipynb #24f44aff
+# %% ../nbs/55_calibration.ipynb #b9c2cae6
 def reliability(
     logits:Tensor,        # Outputs before the softmax, `(B,n_classes)`
     y:Tensor,             # Labels `(B,)`
@@ -108,7 +108,7 @@ def plot_reliability(
     axs[0,0].set_ylabel('accuracy')
     return axs[0]
 
-# %% ../nbs/55_calibration.ipynb #017c2934
+# %% ../nbs/55_calibration.ipynb #f449c8f8
 @torch.no_grad()
 def _logits(model, x, bs):
     "Outputs on all images, on the CPU: evaluation mode, float32, without a trace"

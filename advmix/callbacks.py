@@ -6,11 +6,11 @@
 __all__ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback', 'AdAutoMixCallback',
            'MixedAccuracy', 'Companion', 'GameCallback']
 
-# %% ../nbs/43_callbacks.ipynb #2a1e5782
+# %% ../nbs/43_callbacks.ipynb #71ceee7c
 from .loop import *
 from .average import *
 from .game import *
 
-# %% ../nbs/43_callbacks.ipynb #083793ec
+# %% ../nbs/43_callbacks.ipynb #7ced472d
 _all_ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback', 'AdAutoMixCallback',
          'MixedAccuracy', 'Companion', 'GameCallback']

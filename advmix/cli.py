@@ -160,7 +160,7 @@ def _weights(path):
     if path.suffix=='.safetensors': return load_file(path)
     numbers = [np.dtype, type(np.dtype('f4')), type(np.dtype('f8')), np.float64(0).__reduce__()[0], L]   # schedules leave them in files of `learn.save`
     with torch.serialization.safe_globals(numbers): state = torch.load(path, map_location='cpu', weights_only=True)
-    return state.get('model', state)
+    return state
 
 # %% ../nbs/71_cli.ipynb #69a2cdbd
 def _with_names(path, trust):
@@ -170,18 +170,14 @@ def _with_names(path, trust):
     if path.suffix=='.pkl': return _exported(path, trust)
     return load_model(path, vocab=True) if path.suffix=='.safetensors' else (None, None)
 
-def _filled(path, arch, n_classes, c_in, size):
+def _filled(path, arch, **kwargs):
     "An architecture filled with bare weights; `ValueError` says what is missing or doesn't fit"
-    from advmix.models import get_model
+    from advmix.weights import model_with
     if arch is None: raise ValueError(f'{path} does not say what network it is for: give arch=')
-    net = get_model(arch, n_classes, c_in, size)
-    try: state = {k: v for k,v in _weights(path).items() if not k.startswith('advmix.')}
+    try: state = _weights(path)
     except Exception as e: raise ValueError(f'{path} cannot be read as weights ({type(e).__name__}): it is damaged, or something else') from None
-    try: net.load_state_dict(state)
-    except Exception as e:
-        why = str(e).splitlines()[-1].strip()[:120]
-        raise ValueError(f'{path} does not fit {arch} ({why}): give the arch= and size= it was trained with') from None
-    return net.eval()
+    try: return model_with(state, arch, **kwargs)
+    except Exception as e: raise ValueError(f'{path}: {str(e) or type(e).__name__}') from None
 
 # %% ../nbs/71_cli.ipynb #17f59691
 def _check_floors(
@@ -238,7 +234,7 @@ def evaluate(
     net,names = (None, None) if arch else _with_names(path, trust_pickle)
     dls = get_dls(data or c.data, size=size or (c.size if c else None), vocab=names)
     x,y = split_tensors(dls)
-    if net is None: net = _filled(path, arch, len(dls.vocab), x.shape[1], x.shape[-1])
+    if net is None: net = _filled(path, arch, n_classes=len(dls.vocab), c_in=x.shape[1], size=x.shape[-1])
     _check_fit(net.to(device), x[:2].to(device))
     report = robust_report(net, (x,y), eps=eps or (c.eps if c else 8/255), suite=suite if suite in SUITES else suite.split(','), n=n_eval,
                            seed=seed, bs=500, out=out, progress=sys.stdout.isatty())

@@ -26,7 +26,7 @@ class Config:
     def __init__(self,
         method:str='aom',       # vanilla, pgd, mix_pgd, cutmix_pgd, iat, aom, automix, adautomix, manifold, or a mix: mixup, cutmix, fmix, ...
         data:str='digits',      # digits, cifar10, cifar100, or a folder of images
-        arch:str=None,          # Architecture, see `get_model`; default depends on the data, as do those below
+        arch:str=None,          # Architecture: convnet_s, resnet18, ..., timm:NAME, see `get_model`; default depends on the data, as do those below
         size:int=None,          # Side of the images in pixels
         epochs:int=None,        # Epochs of the one-cycle schedule
         bs:int=None,            # Batch size
@@ -91,12 +91,14 @@ def _fill(self:Config):
 # %% ../nbs/68_config.ipynb #3c5f22b5
 @patch
 def _values(self:Config):
+    from torchvision import models
     from advmix.methods import METHODS
     from advmix.models import ARCHS
     from advmix.report import JOBS, SUITES
     need = self._need
     need(self.method in METHODS, 'method', f'choose one of {", ".join(METHODS)}')
-    need(self.arch in ARCHS, 'arch', f'choose one of {", ".join(ARCHS)}')
+    need(self.arch in ARCHS or self.arch in models.list_models(module=models) or self.arch.startswith('timm:'), 'arch',
+         f'choose one of {", ".join(ARCHS)}, a classification network of torchvision, or timm: and a name there')
     need(0<self.eps<=1, 'eps', 'a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
     for k in 'size epochs bs lr step steps alpha n_mix n_eval'.split():
         need(getattr(self, k) is None or getattr(self, k)>0, k, 'must be positive')

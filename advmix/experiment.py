@@ -40,7 +40,7 @@ def _learner(config, run, device=None):
     m,s  = data_stats(dls, 2000)
     spec = dict(arch=config.arch, n_classes=len(dls.vocab), c_in=len(m), size=config.size, mean=m, std=s)
     cbs  = METHODS[config.method](config)
-    if config.ema and not any(isinstance(cb, BesideCallback) for cb in cbs): cbs.append(EMACallback())   # a learned mix has its average already
+    if config.ema and not any(isinstance(cb, GameCallback) for cb in cbs): cbs.append(EMACallback())   # a game has its average already
     learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=run.folder,
                     cbs=[*cbs, run.checkpoint(100*math.log(len(dls.vocab)))])
     if config.amp!='no': learn.to_fp16() if config.amp=='fp16' else learn.to_bf16()
@@ -110,7 +110,7 @@ def run(
     try:
         with r.at_work(force):
             with nullcontext() if bars else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
-            nets = dict(model=bare(learn.model), **{'model_ema': cb.beside() for cb in learn.cbs if isinstance(cb, BesideCallback)})
+            nets = dict(model=bare(learn.model), **{'model_ema': cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)})
             for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
             _judge(r, nets, learn.dls, bars)
     except ValueError as e: raise ValueError(re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e))) from e   # fastai's words

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GameCallback', 'AdAutoMixCallback', 'AutoMixCallback']
 
-# %% ../nbs/42_game.ipynb #5f0c0115
+# %% ../nbs/42_game.ipynb #457f0fdd
 import inspect, math
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
@@ -21,7 +21,7 @@ from .minmax import *
 from .loop import *
 from .average import *
 
-# %% ../nbs/42_game.ipynb #c3872428
+# %% ../nbs/42_game.ipynb #943a2b51
 class _Term(Metric):
     "Mean of one term of the game over the training batches of this epoch, None where there were none"
     def __init__(self, cb, term): self.cb,self.term = cb,term   # `cb` is the companion, with which the column leaves
@@ -32,7 +32,7 @@ class _Term(Metric):
     @property
     def name(self): return self.term
 
-# %% ../nbs/42_game.ipynb #c844771d
+# %% ../nbs/42_game.ipynb #e3a216dd
 class _Players(Companion):
     "Teacher and generator of the game of `cb`: they come and go with it"
     def __init__(self, cb): self.of = cb
@@ -57,14 +57,15 @@ class _Players(Companion):
         try: cb.game.load_state_dict({k:v for k,v in state.items() if not k.startswith('means.')})
         except (RuntimeError, ValueError, KeyError) as e:
             why = str(e).splitlines()[-1].strip()
-            raise ValueError(f'the saved generator is not like this one ({why}): use the stage and settings it was trained with') from e
+            raise ValueError(f'the saved generator is not like this one ({why}): '
+                             'use the stage and settings it was trained with') from e
         cb.means = [{k:v for k,v in zip(means, row) if v==v} for row in zip(*means.values())]
 
-# %% ../nbs/42_game.ipynb #ade3f666
+# %% ../nbs/42_game.ipynb #beca59f1
 def _take(settings, names): return {k:settings.pop(k) for k in names if k in settings}
 
 class GameCallback(MixCallback):
-    "Play a `MinMax` game; base of `AutoMixCallback` and `AdAutoMixCallback`; `ValueError` for settings that cannot work"
+    "Play a `MinMax` game: base of the two below; `ValueError` for settings that cannot work"
     game,begun,peak = None,False,None
     _stateattrs = *MixCallback._stateattrs,'game','sums'   # an exported Learner predicts without the game
     def __init__(self,
@@ -73,12 +74,14 @@ class GameCallback(MixCallback):
         gen_lr:float=1e-2,  # Highest learning rate of the generator (Adam); it follows the learner's schedule
         **settings          # Of the generator, of `MinMax`, of the teacher's `Average`, and of `MixCallback`
     ):
-        self.for_generator,self.for_teacher = (_take(settings, inspect.signature(o).parameters) for o in (generator, Average))
+        self.for_generator = _take(settings, inspect.signature(generator).parameters)
+        self.for_teacher   = _take(settings, inspect.signature(Average).parameters)
         super().__init__(self.play, **_take(settings, ('p','start','stop','c_clean','loss_mode')))
         self.generator,self.gen_lr,self.for_game = generator,gen_lr,settings
         self.companion,self.means,self.epoch_means = _Players(self),[],{}
-        with torch.random.fork_rng(devices=[]): trial = self.start_game(nn.Identity(), generator(1, **self.for_generator))
-        self.n_mix = trial.generator.n_mix
+        with torch.random.fork_rng(devices=[]): trial = generator(1, **self.for_generator)
+        self.start_game(nn.Identity(), trial)
+        self.n_mix = trial.n_mix
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -99,15 +102,17 @@ class GameCallback(MixCallback):
         return MinMax(student, gen, gen_opt=opt, teacher=teacher, loss_mode=self.loss_mode, **self.for_game)
 
     def build(self):
-        "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` is none of them"
+        "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` isn't one"
         x,_ = self.peek(max(self.n_mix))
-        if len(x)<max(self.n_mix): raise ValueError(f'n_mix={self.n_mix} is more than the {len(x)} images of a batch: use larger batches or a smaller n_mix')
+        if len(x)<max(self.n_mix):
+            raise ValueError(f'n_mix={self.n_mix} is more than the {len(x)} images of a batch: '
+                             'use larger batches or a smaller n_mix')
         self.normalised,net = self.space.stats is not None,self.pixel_model()
         self.game = self.start_game(net, self.generator.for_model(net, x, **self.for_generator))
 
     def play(self, x, y, model=None):
         "The mixer of this callback: `game.mix`; `ValueError` for targets that are maps"
-        if y.ndim>2: raise ValueError(f'the game needs one target for an image, not a map {tuple(y.shape)}: take a mixer such as CutMix')
+        if y.ndim>2: raise ValueError(f'the game needs one target for an image, not {tuple(y.shape)}: take CutMix')
         if self.game is None: self.build()
         return self.game.mix(x, y)
 
@@ -120,7 +125,7 @@ class GameCallback(MixCallback):
         self.game.student,self.game.loss_func = self.pixel_model(),self.learn.loss_func
         if device_of(self.game.generator)!=device_of(self.game.student): self.game.to(device_of(self.game.student))
         have = [m.term for m in self.learn.metrics if isinstance(m, _Term)]
-        self.learn.metrics = self.learn.metrics + [_Term(self.companion, k) for k in self.terms_played() if k not in have]
+        self.learn.metrics += [_Term(self.companion, k) for k in self.terms_played() if k not in have]
 
     def terms_played(self)->list:
         "Names of the columns: terms that are computed, and `mask_entropy`"
@@ -135,10 +140,12 @@ class GameCallback(MixCallback):
         if self.begun: return
         gen,teacher,self.begun = self.game.generator,self.game.teacher,True
         teacher.n_steps = teacher.k+self.companion.steps_left()
-        scheds = [cb.scheds['lr'] for cb in self.learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in getattr(cb, 'scheds', {})]
-        self.peak = max([float(np.max(f(i/100))) for f in scheds for i in range(101)] or [self.opt.hypers[-1]['lr']])
+        scheds = [getattr(cb, 'scheds', {}).get('lr') for cb in self.learn.cbs if isinstance(cb, ParamScheduler)]
+        rates  = [float(np.max(f(i/100))) for f in scheds if f for i in range(101)]
+        self.peak = max(rates or [self.opt.hypers[-1]['lr']])
         if num_distrib()>1:
-            for t in (t for net in (gen, teacher) for t in (*net.parameters(), *net.buffers())): torch.distributed.broadcast(t.data, 0)
+            for net in (gen, teacher):
+                for t in (*net.parameters(), *net.buffers()): torch.distributed.broadcast(t.data, 0)
 
     def before_batch(self):
         "The generator's rate of this batch; then as ever"
@@ -150,7 +157,7 @@ class GameCallback(MixCallback):
         "One total for the backward pass of both players"
         res = self.game.loss(pred, y)
         res['mask_entropy'] = mask_entropy(self.mixed.mask)
-        for k,v in res.items(): self.sums.setdefault(k, []).append(v.detach())   # no `.item()`: it would wait for the device
+        for k,v in res.items(): self.sums.setdefault(k, []).append(v.detach())   # `.item()` would wait for the device
         return res['total']
 
     def after_step(self):
@@ -171,7 +178,7 @@ class GameCallback(MixCallback):
     def after_epoch(self): "From here on the terms are of the past"; self.epoch_means = {}
 
     def plot_game(self):
-        "Mean of every term in every epoch, the losses left, the rest right; returns the axes; `ValueError` before the first fit"
+        "Every term in every epoch, losses left, the rest right; returns the axes; `ValueError` before the first fit"
         if not self.means: raise ValueError('nothing to plot yet: fit first')
         _,axs = plt.subplots(1, 2, figsize=(7,2.4), dpi=72)
         for ax,keys in zip(axs, (('amce','mce','ace'), ('amce_teacher','cosine','share','mask_entropy'))):
@@ -181,7 +188,7 @@ class GameCallback(MixCallback):
             ax.legend(fontsize=8)
         return axs
 
-# %% ../nbs/42_game.ipynb #1f671c74
+# %% ../nbs/42_game.ipynb #5feacf02
 class AdAutoMixCallback(GameCallback):
     "AdAutoMix, ICLR 2024, arXiv 2312.11954: mixtures that are hard for the student and recognisable to its average"
     @delegates(MixCallback, but='mixer,all_inputs')

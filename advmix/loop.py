@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCallback']
 
-# %% ../nbs/40_loop.ipynb #51687608
+# %% ../nbs/40_loop.ipynb #e059c20d
 import inspect
 from contextlib import contextmanager, nullcontext
 from numbers import Real
@@ -27,7 +27,7 @@ from .attack import *
 from .aom import *
 from .iat import *
 
-# %% ../nbs/40_loop.ipynb #4627b734
+# %% ../nbs/40_loop.ipynb #4b27852d
 class _Pixels:
     "From what the `DataLoaders` give to pixels and back; nothing to do where they give pixels"
     def __init__(self, dls): self.stats,self.net,self.wrapped = pixel_stats(dls),None,None
@@ -47,23 +47,25 @@ class _Pixels:
         if self.net is not net: self.net,self.wrapped = net,on_pixels(net, *(self.stats or ()))
         return self.wrapped
 
-# %% ../nbs/40_loop.ipynb #cdecc3bd
+# %% ../nbs/40_loop.ipynb #e5bae0c8
 def _autocast(learn, x):
     "An autocast like the one `MixedPrecision` will open for this batch, or nothing"
     mp = getattr(learn, 'mixed_precision', None)
     if mp is None or x.device.type!='cuda': return nullcontext()   # as in fastai: on a CPU it stays off
     return torch.autocast('cuda', dtype=torch.bfloat16 if mp.amp_mode.value=='bf16' else torch.float16)
 
-# %% ../nbs/40_loop.ipynb #d8f4d475
+# %% ../nbs/40_loop.ipynb #b2a1b83d
 def _as_mixer(m):
     "`m` as something to call on a batch: a name and a list are looked up; `TypeError` for what isn't a mixer"
     if isinstance(m, str): return MIXES[m]()
     if isinstance(m, (list, tuple)):
         for o in m: _as_mixer(o[0] if isinstance(o, (list, tuple)) and o else o)
         return RandomMix(m)
-    if isinstance(m, Callback): raise TypeError(f'{m!r} is a fastai callback: give it to the Learner, or take a mixer such as MixUp() of advmix.mix')
+    if isinstance(m, Callback):
+        raise TypeError(f'{m!r} is a fastai callback: give it to the Learner, or take a mixer such as advmix.mix.MixUp()')
     if not callable(m) or isinstance(m, type):
-        raise TypeError(f'mixer {m!r} cannot be called on a batch: give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
+        raise TypeError(f'mixer {m!r} cannot be called on a batch: '
+                        'give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
     return m
 
 def _check_company(cb):
@@ -83,7 +85,7 @@ def _check_classes(x, y, model, loss_func):
     n = out.shape[1] if out.ndim==2 and out.shape[1]>1 else None   # one output: a loss such as BCE
     check_labels(y[y!=getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)], n, 'the targets')
 
-# %% ../nbs/40_loop.ipynb #8100e6d0
+# %% ../nbs/40_loop.ipynb #3ab86685
 def _pixels_as_items(t): return t.movedim(1, -1).flatten(0, -2)[...,None,None]   # (B,C,H,W) -> (B*H*W,C,1,1)
 
 def _term_loss(m, loss_func, pred, y, mode):
@@ -102,12 +104,12 @@ def _term_loss(m, loss_func, pred, y, mode):
                          'use a cross-entropy, such as CrossEntropyLossFlat(axis=1)')
     return mixed_loss(loss_func, each, target, idx, share, mode)
 
-# %% ../nbs/40_loop.ipynb #e4cf3217
+# %% ../nbs/40_loop.ipynb #6f6aa191
 @contextmanager
 def _unnoticed(dl):
     "Restore the generators of Python, NumPy, torch and the loader `dl`"
     states,rng = get_random_states(),dl.rng.getstate() if hasattr(dl, 'rng') else None
-    own = {g for g in (getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))) if g is not None}   # of a torch loader
+    own = {getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))}-{None}   # of a torch loader
     own = [(g, g.get_state()) for g in own]
     try: yield
     finally:
@@ -115,7 +117,7 @@ def _unnoticed(dl):
         if rng: dl.rng.setstate(rng)
         for g,s in own: g.set_state(s)
 
-# %% ../nbs/40_loop.ipynb #0c0f7ad6
+# %% ../nbs/40_loop.ipynb #19323553
 class _Guard:
     "While a mixer waits inside the network, let it mix the loop's own pass and no other"
     def __init__(self, cb=None):
@@ -127,14 +129,14 @@ class _Guard:
         self.passes += 1
         if self.passes>1 or (num_distrib()<2 and inputs[0] is not self.cb.learn.xb[0]): self.cb.disarm()
 
-# %% ../nbs/40_loop.ipynb #097b0f45
+# %% ../nbs/40_loop.ipynb #55e6d916
 class MixCallback(Callback):
-    "Train on what `mixer` makes of each batch; `ValueError` beside another mixing callback or if images are not in [0,1]"
+    "Train on what `mixer` makes of each batch; `ValueError` if something else mixes too, or images are not in [0,1]"
     order,run_valid,checked = 5,False,False
     terms,clean,space,guard = (),(),None,None
     _stateattrs = 'terms','clean','space','guard'   # nothing of a batch is exported
     def __init__(self,
-        mixer,                  # `mixer(x, y, model) -> Mixed`, a name in `MIXES`, or a list of them, also as `(mixer, weight)`
+        mixer,                  # `mixer(x, y, model) -> Mixed`, a name in `MIXES`, or a list, also of `(mixer, weight)`
         *,
         p:float=1.,             # Probability that a batch is mixed at all
         start:float=0.,         # Mix from this fraction of the fit ...
@@ -146,12 +148,14 @@ class MixCallback(Callback):
         self.mixer = self.bound = self.now = _as_mixer(mixer)
         for k,v in dict(p=p, start=start, stop=stop).items():
             if not 0<=v<=1: raise ValueError(f'{k}={v} is outside [0,1]: it is a fraction')
-        if not (isinstance(c_clean, Real) and c_clean>=0): raise ValueError(f'c_clean={c_clean!r} is a weight: 0 or more')
+        if not (isinstance(c_clean, Real) and c_clean>=0): raise ValueError(f'c_clean={c_clean!r}: a weight, 0 or more')
         self.p,self.start,self.stop = p,start,stop
         self.c_clean,self.loss_mode,self.all_inputs = c_clean,loss_mode,all_inputs
 
     @property
-    def mixed(self): "The `Mixed` of the current batch, None if it stayed clean"; return self.terms[0][1] if self.terms else None
+    def mixed(self):
+        "The `Mixed` of the current batch, None if it stayed clean"
+        return self.terms[0][1] if self.terms else None
 
     def before_fit(self):
         "Refuse what cannot work; cheap and idempotent, since `validate` and `get_preds` come through here as well"
@@ -159,7 +163,7 @@ class MixCallback(Callback):
         self.disarm()
         self.terms,self.space,self.checked = (),_Pixels(self.dls),False
         if not hasattr(self.learn, 'gather_preds'): self.bind()
-        if num_distrib()>1: torch.manual_seed(torch.randint(2**31, (1,)).item()+rank_distrib())   # or all ranks draw the same ratios
+        if num_distrib()>1: torch.manual_seed(torch.randint(2**31, (1,)).item()+rank_distrib())   # or all draw the same
 
     def bind(self):
         "Let the mixer climb the loss one trains with, unless that takes soft targets only"
@@ -183,24 +187,29 @@ class MixCallback(Callback):
         "Is this batch to be mixed?"
         return self.start<=self.pct_train<=self.stop and (self.p==1 or torch.rand(1).numpy()[0]<self.p)
 
+    def one_input(self, n:int):
+        "`ValueError` if the model takes further inputs, unless they shall be mixed"
+        if n>1 and not self.all_inputs:
+            raise ValueError(f'the model takes {n} inputs, and mixing the images would leave the others unmixed: '
+                             'all_inputs=True mixes images of the same size by the same masks, nothing else can be mixed')
+
     def inputs(self, m)->tuple:
         "What the model sees of the mixture `m`: encoded images, and further inputs mixed by the same masks"
-        xb = self.clean
-        if len(xb)>1 and (m.mask is None or not self.all_inputs):
-            raise ValueError(f'the model takes {len(xb)} inputs, and mixing only the images would leave the others unmixed: '
-                             'a mixer with masks and all_inputs=True mix images of the same size alike; other inputs cannot be mixed')
-        return self.space.encode(m.x).to(xb[0].dtype),*(compose(t, m.idx, m.mask) for t in xb[1:])
+        x,*rest = self.clean
+        if rest and m.mask is None: raise ValueError(f'{self.mixer!r} gives no masks: it cannot mix {len(rest)+1} inputs alike')
+        return self.space.encode(m.x).to(x.dtype),*(compose(t, m.idx, m.mask) for t in rest)
 
     def before_batch(self):
         "Show the model mixed images; `yb` stays as it is"
         self.terms,self.clean = (),tuple(t.as_subclass(Tensor) for t in self.xb)
-        if len(self.yb)!=1: raise ValueError(f'a batch has {len(self.yb)} targets: one can be mixed, so remove this callback or join them in one tensor')
+        if len(self.yb)!=1: raise ValueError(f'a batch has {len(self.yb)} targets: one can be mixed, so join them')
+        self.one_input(len(self.xb))
         if not self.due(): return
         x,y = self.space.decode(self.clean[0]),self.yb[0].as_subclass(Tensor)
         with trusted(self.checked), _autocast(self.learn, x):
             x = check_images(x, 'the training batch').clamp(0,1)
             if not self.checked and len(self.clean)==1: _check_classes(x, y, self.pixel_model(), self.learn.loss_func)
-            self.terms = self.mix(x, y, self.pixel_model())
+            self.terms = self.mix(x, y, self.pixel_model() if len(self.clean)==1 else None)
         shown,*rest = self.inputs(self.mixed)
         self.learn.xb = (shown.as_subclass(type(self.xb[0])), *rest)
         self.mixed.x = self.mixed.x.detach()   # a generator's graph belongs to the batch
@@ -209,7 +218,8 @@ class MixCallback(Callback):
     def after_pred(self):
         "`RuntimeError` if a mix inside the network did not happen in the pass it was meant for"
         if self.disarm():
-            raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose was not used in this pass: name other layers')
+            raise RuntimeError(f'{type(self.mixer).__name__} was to mix inside the network, but the layer it chose '
+                               'was not used in this pass: name other layers')
 
     def after_loss(self):
         "Replace the loss by that of the mixed labels; the `Learner`'s loss function stays where it is"
@@ -240,13 +250,14 @@ class MixCallback(Callback):
         dl,device,self.space = self.dls.train,getattr(self.dls, 'device', None),_Pixels(self.dls)
         if device is not None: self.learn.model.to(device)
         with _unnoticed(dl): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+        self.one_input(getattr(self.dls, 'n_inp', len(b)-1))
         x,y = (t[:n].as_subclass(Tensor).to(device_of(self.learn.model, t)) for t in (b[0],b[-1]))
         return check_images(self.space.decode(x), 'the training batch').clamp(0,1),y
 
     def after_cancel_batch(self): "Leave no hook behind"; self.disarm()
     def after_fit(self): "Leave no hook behind"; self.disarm()
 
-# %% ../nbs/40_loop.ipynb #c23b8863
+# %% ../nbs/40_loop.ipynb #aedc1133
 @patch
 def show_mix(self:Learner,
     n:int=4,    # How many images
@@ -254,21 +265,21 @@ def show_mix(self:Learner,
 ):
     "Show training images, their partners, masks and mixtures with soft labels; `ValueError` without a mixing callback"
     cb = next((cb for cb in self.cbs if isinstance(cb, MixCallback)), None)
-    if cb is None: raise ValueError('this Learner has no mixing callback to show: pass one, e.g. cbs=MixCallback(MixUp())')
+    if cb is None: raise ValueError('this Learner has no mixing callback to show: pass one, MixCallback(MixUp())')
     x,y = cb.peek(max(n, 16))   # partners may come from further on
     cb.bind()
     with _unnoticed(self.dls.train), torch.no_grad(), _autocast(self, x): mixed = cb.mix(x, y, cb.pixel_model())[0][1]
     cb.disarm()
     return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
 
-# %% ../nbs/40_loop.ipynb #a01615cc
+# %% ../nbs/40_loop.ipynb #1a43170b
 class MixedAccuracy(Metric):
-    "Mean label weight of the predicted class; plain accuracy where nothing is mixed. For `Recorder(train_metrics=True)`"
+    "Mean label weight of the predicted class; accuracy where nothing is mixed. For `Recorder(train_metrics=True)`"
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
         y,hit = learn.yb[0].as_subclass(Tensor),learn.pred.argmax(1)
         if y.ndim!=1 or y.is_floating_point():
-            raise ValueError(f'MixedAccuracy compares class numbers (B,), and the targets are {y.dtype} {tuple(y.shape)}: '
+            raise ValueError(f'MixedAccuracy compares class numbers (B,), not targets {y.dtype} {tuple(y.shape)}: '
                              'for several labels an image take accuracy_multi')
         cb = next((c for c in learn.cbs if isinstance(c, MixCallback)), None)
         m  = cb.mixed if cb is not None and learn.training else None
@@ -279,7 +290,7 @@ class MixedAccuracy(Metric):
     @property
     def name(self): return 'mixed_accuracy'
 
-# %% ../nbs/40_loop.ipynb #47b5c489
+# %% ../nbs/40_loop.ipynb #a3a797c4
 def _shell(mixer, eps, settings):
     "`mixer(eps, ...)`, and the settings that are left for `MixCallback`"
     names = inspect.signature(MixCallback).parameters.keys()-inspect.signature(mixer).parameters.keys()

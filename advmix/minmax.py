@@ -69,7 +69,7 @@ class MinMax:
         generator:MaskGenerator,    # Makes the mixtures
         *,
         opt=None,                   # The student's optimiser; only `step` needs it
-        gen_opt=None,               # The generator's, or a function that makes it; None: Adam, rate 0.01
+        gen_opt=None,               # The generator's, or a function that makes it; None: Adam, rate .01, 'automix' .03
         loss_func=F.cross_entropy,  # Any classification loss
         objective:str='balanced',   # 'balanced' (Eq. 4, `c=beta`), 'printed' (Eq. 4), 'released', 'automix'
         linear_weight:float=None,   # Of linear mixtures, the rest for clean images; None: .5, pairs 0
@@ -85,7 +85,7 @@ class MinMax:
         for k,v,bad,remedy in _faults(self, c):
             if bad: raise ValueError(f'MinMax({k}={v!r}): {remedy}')
         self.c = c if c is not None else beta if objective=='balanced' else 1.
-        make = gen_opt or partial(torch.optim.Adam, lr=1e-2)
+        make = gen_opt or partial(torch.optim.Adam, lr=.03 if objective=='automix' else .01)
         self.gen_opt = make(generator.parameters()) if callable(make) else make
         self.teacher = Average(student) if teacher is None else teacher
         self.batch = None
@@ -225,7 +225,8 @@ def step(self:MinMax,
 )->dict:            # Every term and `total`, detached
     "One step of the whole game in a plain loop; `ValueError` if there is no optimiser for the student"
     if self.opt is None:
-        raise ValueError('step needs an optimiser for the student: MinMax(..., opt=torch.optim.SGD(student.parameters(), lr=0.1))')
+        raise ValueError('step needs an optimiser for the student: '
+                         'MinMax(..., opt=torch.optim.SGD(student.parameters(), lr=0.1))')
     self.opt.zero_grad()
     self.gen_opt.zero_grad()
     res = self.loss(self.student(self.mix(x, y).x), y)

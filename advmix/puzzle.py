@@ -84,42 +84,47 @@ def _energy(z, u, vr, vc):
 # %% ../nbs/14_puzzle.ipynb #de81891b
 @lru_cache(maxsize=32)
 def _boards(n, m, device):
-    "For each colour of a chessboard of `(n,m)` blocks: its blocks, and the four neighbours of each"
+    "For each colour of a chessboard of `(n,m)` blocks: its blocks, and the four neighbours of each `(4,n*m/2)`"
     i    = torch.arange(n*m).view(n, m)   # rolled around the border, where edges weigh 0
-    near = torch.stack([i.roll(1,0), i.roll(-1,0), i.roll(1,1), i.roll(-1,1)], -1).flatten(0,1)
+    near = torch.stack([i.roll(1,0), i.roll(-1,0), i.roll(1,1), i.roll(-1,1)]).flatten(1)
     odd  = (i//m+i%m).flatten()%2
-    return [(half.to(device),near[half].to(device)) for half in (torch.arange(n*m)[odd==k] for k in (0,1))]
+    return [(half.to(device),near[:,half].to(device)) for half in (torch.arange(n*m)[odd==k] for k in (0,1))]
 
 def _edges(vr, vc):
-    "Price of the edges of each block, `(B,n*m,4)`: up, down, left, right"
-    return torch.stack([F.pad(vr,(0,0,1,0)), F.pad(vr,(0,0,0,1)), F.pad(vc,(1,0)), F.pad(vc,(0,1))], -1).flatten(1,2)
+    "Price of the edges of each block, up, down, left, right: `(4,n*m,B)`, blocks first, so that a neighbour is a row of memory"
+    w = torch.stack([F.pad(vr,(0,0,1,0)), F.pad(vr,(0,0,0,1)), F.pad(vc,(1,0)), F.pad(vc,(0,1))])
+    return w.flatten(2).transpose(1,2).contiguous()
 
 # %% ../nbs/14_puzzle.ipynb #86d94361
 def _relax(u, vr, vc, sweeps=20):
     "Shares in [0,1], `(B,n,m)`, of least energy: half a chessboard at a time, `sweeps` times over the board"
+    shape,u = u[:,0].shape,u.flatten(2).permute(1,2,0)
     W = _edges(vr, vc)
-    V = W.sum(2).clamp_min(1e-12)
-    lo,hi = ((u[:,k+1]-u[:,k]).flatten(1)/V for k in (0,1))   # slopes, halved
-    W,z   = W/V[:,:,None],(u.argmin(1)/2).to(u).flatten(1)
-    parts = [(half, near, W[:,half], lo[:,half], hi[:,half]) for half,near in _boards(*u.shape[2:], u.device)]
+    V = W.sum(0).clamp_min(1e-12)
+    W,lo,hi = W/V,(u[1]-u[0])/V,(u[2]-u[1])/V   # slopes, halved
+    z     = (u.argmin(0)/2).to(V)
+    parts = [(half, near, W[:,half], lo[half], hi[half]) for half,near in _boards(*shape[1:], u.device)]
     for _ in range(sweeps):
         for half,near,w,a,b in parts:
-            M = (w*z[:,near]).sum(2)
-            z[:,half] = torch.maximum((M-a).clamp_max(.5), M-b).clamp(0,1)
-    return z.view_as(u[:,0])
+            M = (w*z[near]).sum(0)
+            z[half] = torch.maximum((M-a).clamp_max(.5), M-b).clamp(0,1)
+    return z.T.reshape(shape)
 
 # %% ../nbs/14_puzzle.ipynb #0ca38640
 def _settle(z, u, vr, vc, sweeps=6):
     "Let each block of `z (...,B,n,m)` take its best of 0, ½ and 1 given its neighbours; never raises the energy"
-    W,flat = _edges(vr, vc),z.flatten(-2).clone()
-    level  = torch.arange(3, device=u.device)
-    q      = u.flatten(2).transpose(1,2)+W.sum(2)[:,:,None]*level**2/4   # price of each share next to neighbours at 0
-    parts  = [(half, near, W[:,half], q[:,half]) for half,near in _boards(*u.shape[2:], u.device)]
+    W = _edges(vr, vc)[:,:,None]
+    u = u.flatten(2).permute(1,2,0)[:,:,None]
+    u,v   = (u[1]-u[0]+W.sum(0)/4, u[2]-u[0]+W.sum(0))   # price of ½ and 1 next to neighbours at 0, that of 0 subtracted
+    flat  = z.reshape(-1, len(vr), W.shape[1]).permute(2,0,1).contiguous()
+    parts = [(half, near, W[:,half], u[half], v[half]) for half,near in _boards(*z.shape[-2:], z.device)]
     for _ in range(sweeps):
-        for half,near,w,c in parts:
-            M = (w*flat[...,near]).sum(-1)
-            flat[...,half] = ((c-M[...,None]*level).argmin(-1)/2).to(flat)
-    return flat.view_as(z)
+        for half,near,w,a,b in parts:
+            M = (w*flat[near]).sum(0)
+            a,b  = a-M,b-2*M
+            full = b<a.clamp_max(0)
+            flat[half] = (full.float()+(full|(a<0)).float())/2
+    return flat.permute(1,2,0).reshape(z.shape)
 
 def _solve(u, vr, vc):
     "A choice `(B,n,m)` of 0, ½ and 1 whose energy is within about 1 % of the least; on the device, all images at once"
@@ -139,17 +144,30 @@ def _distances(n, m, device):
 
 # %% ../nbs/14_puzzle.ipynb #e716c6be
 def _transport(s, z, factor=.8):
-    """Which block each place shows, `(B,n*m)`, arXiv 2009.06962, Algorithm 1: from the saliency of each block and the image's share
-    of each place, both `(B,n,m)`"""
-    n,m   = s.shape[1:]
-    cost  = factor*_distances(n, m, s.device)-s.flatten(1)[:,:,None]*(z.flatten(1)[:,None]>0)   # (B, block, place)
+    """Which block each place shows, `(B,n*m)`, arXiv 2009.06962, Algorithm 1: from the saliency of each block and the image's
+    share of each place, both `(B,n,m)`"""
+    n,m  = s.shape[1:]
+    step = 1+2**20//(n*m)**2   # so many tables stay in a processor's cache
+    if not s.is_cuda and step<len(s):
+        return torch.cat([_transport(*part, factor) for part in zip(s.split(step), z.split(step))])
+    shown = (z.flatten(1)[:,None]>0).to(s)
+    cost  = torch.addcmul(factor*_distances(n, m, s.device), s.flatten(1)[:,:,None], shown, value=-1)   # (B, block, place)
+    cost  = cost.view(-1, m)
+    least = cost.min(1).values.view(-1, n)
     block = torch.arange(n*m, device=s.device).expand(len(s), -1)
     none  = torch.full_like(block, n*m)
+    first = n*torch.arange(len(least), device=s.device)
     for _ in range(max(n, m)):
-        c,place = cost.min(2)
-        least   = torch.full_like(c, torch.inf).scatter_reduce(1, place, c, 'amin').gather(1, place)
-        winner  = none.scatter_reduce(1, place, torch.where(c<=least, block, none), 'amin')   # ties: the first
-        cost.scatter_add_(2, place[:,:,None], (winner.gather(1, place)!=block).to(cost)[:,:,None])
+        row    = least.argmin(1)
+        prices = cost[first+row]
+        c,j    = prices.min(1)
+        c,place = c.view_as(block),(row*m+j).view_as(block)
+        lowest = torch.full_like(c, torch.inf).scatter_reduce(1, place, c, 'amin').gather(1, place)
+        winner = none.scatter_reduce(1, place, torch.where(c<=lowest, block, none), 'amin')   # ties: the first
+        lost   = (winner.gather(1, place)!=block).to(c).view(-1)
+        cost.view(-1).scatter_add_(0, (first+row)*m+j, lost)
+        prices.scatter_add_(1, j[:,None], lost[:,None])
+        least.scatter_(1, row[:,None], prices.min(1, keepdim=True).values)
     return torch.where(winner<n*m, winner, block)
 
 def _move(x, source, side):
@@ -230,4 +248,6 @@ def __call__(self:PuzzleMix, x:Tensor, y:Tensor=None, model=None)->Mixed:
     a,b = a,b[p]
     if self.transport: a,b = self._slide(torch.cat([a,b]), torch.cat([s,s[p]]), torch.cat([z,1-z]), side).chunk(2)
     own = own[:,None].to(x)
-    return Mixed(own*a[...,:h,:w]+(1-own)*b[...,:h,:w], idx, m.w, None, m.lam)
+    out = own*a[...,:h,:w]+(1-own)*b[...,:h,:w]
+    if x.is_contiguous(memory_format=torch.channels_last): out = out.contiguous(memory_format=torch.channels_last)
+    return Mixed(out, idx, m.w, None, m.lam)

@@ -1,4 +1,4 @@
-"Two processes with two OpenMP threads each slow one another many times over on two cores, so one thread a process, set before torch is imported"
+"Two processes with two OpenMP threads each slow one another down on two cores, so one thread a process, set before torch is imported"
 import os
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 import pytest, torch

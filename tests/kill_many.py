@@ -3,11 +3,12 @@
     python tests/kill_many.py                  # every method: five random kills; one method: every moment of writing
     python tests/kill_many.py --methods pgd,automix --random 20 --moments pgd
 
-Each run is a fork of one process that has imported everything, and takes a second or two."""
-import argparse, json, os, random, signal, sys, tempfile, time
+Each run is a fork of one process that has imported everything and nothing else, and takes a second or two."""
+import argparse, json, multiprocessing, os, random, signal, sys, tempfile, time
+from functools import cache
 from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
-if __name__=='__main__': sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 import torch
 from advmix import experiment as E
 from advmix.config import Config
@@ -22,12 +23,11 @@ VARIANTS = {**{m: dict(method=m) for m in METHODS}, 'mixup+ema': dict(method='mi
 def config(variant='pgd', **kw):
     return Config(**dict(epochs=3, steps=1, bs=32, n_eval=4, suite='clean,fgsm') | VARIANTS[variant] | kw)
 
-def small_data():
+@cache
+def hundred():
     "A hundred digits in place of all of them"
     dls = digits_dls()
-    parts = [split_tensors(dls, w, n=n) for w,n in (('train',100),('valid',20),('test',20))]
-    def get_dls(data, bs, seed, size): return tensor_dls(*[t for p in parts for t in p], bs=bs, seed=seed)
-    E.get_dls = get_dls
+    return [t for w,n in (('train',100),('valid',20),('test',20)) for t in split_tensors(dls, w, n=n)]
 
 class Moments:
     "Counts what happens to files below `folder`, and ends the process at the moment that is asked for"
@@ -64,24 +64,31 @@ class Moments:
         self.wrap('unlink', lambda p, **k: str(p))
         self.wrap('mkdir', lambda p, *a: str(p))
 
-def child(c, out, at=None, log=None, resume=True):
-    "Make a run in a process of its own, and return its id"
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        if not os.environ.get('KILL_MANY_LOUD'): os.dup2(null, 2)
-        Moments(out, at, log and open(log, 'w')).install()
-        E.run(c, out, device='cpu', resume=resume)
-        code = 0
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-    finally: os._exit(code)
+def make(settings, out, at, log):
+    "A run, in a process of its own"
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1,) if os.environ.get('KILL_MANY_LOUD') else (1,2): os.dup2(null, fd)
+    torch.set_num_threads(1)
+    E.get_dls = lambda data, bs, seed, size: tensor_dls(*hundred(), bs=bs, seed=seed)
+    Moments(out, at, log and open(log, 'w')).install()
+    E.run(Config(**settings), out, device='cpu', resume=True)
 
-def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def start(f, *args):
+    "Call `f` in a fork of a process that has imported this file"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['kill_many'])
+    p = ctx.Process(target=f, args=args)
+    p.start()
+    return p
+
+@cache
+def warm(): "The first fork waits for the imports"; wait(start(hundred))
+
+def child(c, out, at=None, log=None): return start(make, vars(c), out, at, log)
+
+def wait(p):
+    p.join()
+    return p.exitcode
 
 def contents(folder):
     "All that must be equal: weights to the last bit, history and report without the clock, and which files there are"
@@ -98,8 +105,9 @@ class Case:
     "A config, and what comes out when nobody disturbs"
     def __init__(self, name, tmp, **kw):
         self.name,self.tmp,self.c,self.n = name,Path(tmp),config(name, **kw),0
-        t = time.perf_counter()
         whole,log = self.tmp/f'{name}-whole',self.tmp/f'{name}.log'
+        warm()
+        t = time.perf_counter()
         assert wait(child(self.c, whole, log=log))==0, f'{name} fails undisturbed: KILL_MANY_LOUD=1 says why'
         self.seconds,self.want,self.moments = time.perf_counter()-t,contents(whole),log.read_text().splitlines()
 
@@ -118,10 +126,10 @@ class Case:
         self.n += 1
         out,died = self.tmp/f'{self.name}-{self.n}',False
         for _ in range(times):
-            pid = child(self.c, out)
+            p = child(self.c, out)
             time.sleep(rng.uniform(0, self.seconds))
-            os.kill(pid, signal.SIGKILL)
-            died = wait(pid)==-signal.SIGKILL or died
+            p.kill()
+            died = wait(p)==-signal.SIGKILL or died
         return self.verdict(out, died)
 
 def main():
@@ -131,7 +139,6 @@ def main():
     p.add_argument('--moments', default='adautomix', help='methods to be killed at every moment of writing')
     p.add_argument('--seed', type=int, default=0)
     a = p.parse_args()
-    small_data()
     rng,bad = random.Random(a.seed),0
     print(f'{"method":20} {"seconds":>7} {"killed":>6} {"equal":>6}')
     with tempfile.TemporaryDirectory() as tmp:
@@ -150,4 +157,6 @@ def main():
     print(f'\n{bad} failures')
     return bad>0
 
-if __name__=='__main__': sys.exit(main())
+if __name__=='__main__':
+    from kill_many import main   # so that processes find it by its name
+    sys.exit(main())

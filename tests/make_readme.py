@@ -23,7 +23,9 @@ def render(nb):
         if c.cell_type=='markdown': parts.append(src.replace('](images/', '](nbs/images/'))
         if c.cell_type!='code' or 'hide' in flags: continue
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
-        if src and 'echo: false' not in flags: parts.append(f'```bash\n{src[1:].strip()}\n```' if src.startswith('!') else f'```python\n{src}\n```')
+        shell = src.startswith('!')
+        if src and 'echo: false' not in flags:
+            parts.append(f'```bash\n{src[1:].strip()}\n```' if shell else f'```python\n{src}\n```')
         for j,o in enumerate(c.get('outputs', [])):
             md,png = output(o, f'index_{c.id}_{j}')
             parts += [md] if md else []
@@ -32,7 +34,8 @@ def render(nb):
 
 def gallery():
     "The last picture of 14_puzzle: every mix on the same two photographs"
-    pngs = [o['data']['image/png'] for c in read_nb(root/'nbs/14_puzzle.ipynb').cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    outputs = [o for c in read_nb(root/'nbs/14_puzzle.ipynb').cells for o in c.get('outputs', [])]
+    pngs = [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]
     return base64.b64decode(''.join(pngs[-1]))
 
 if __name__=='__main__':

@@ -14,7 +14,8 @@ def skipped(cell):
     "What nbdev_test skips: prose, `eval: false`, slow and cuda cells, and the export at the end"
     flags = getattr(cell, 'directives_', None) or {}
     return (cell.cell_type!='code' or 'nbdev_export(' in cell.source
-            or flags.get('eval:', [''])[0].lower()=='false' or bool({'cuda'} & flags.keys()) or ('slow' in flags and '--slow' not in sys.argv))
+            or flags.get('eval:', [''])[0].lower()=='false' or 'cuda' in flags
+            or ('slow' in flags and '--slow' not in sys.argv))
 
 def run(path):
     "Execute one notebook in its own folder, stop at the first exception, write the outputs back"
@@ -25,10 +26,12 @@ def run(path):
     with working_directory(path.parent): shell.run_all(nb, exc_stop=True, preproc=skipped)
     source = read_nb(path)   # NBProcessor takes the directives out of the cells
     for c,d in zip(source.cells, nb.cells):
-        if c.cell_type=='code' and not skipped(d): c.outputs = [o for o in d.get('outputs', []) if o.get('name')!='stderr']   # warnings carry local paths
+        if c.cell_type!='code' or skipped(d): continue
+        c.outputs = [o for o in d.get('outputs', []) if o.get('name')!='stderr']   # warnings carry local paths
     write_nb(source, path)
 
 if __name__=='__main__':
-    for p in [a for a in sys.argv[1:] if a!='--slow'] or sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if not (p.parent/'.notest').exists()):
+    everything = sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if not (p.parent/'.notest').exists())
+    for p in [a for a in sys.argv[1:] if a!='--slow'] or everything:
         print(p, flush=True)
         run(p)

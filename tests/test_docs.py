@@ -32,7 +32,8 @@ def test_notebooks_can_be_prepared():
     "Cells that import are executed for `show_doc`, so imports stand in cells of their own"
     nbs = sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if '.ipynb_checkpoints' not in p.parts)
     before = sorted(p.name for p in (root/'nbs').iterdir())
-    assert run(PREPARE, *nbs)=={}
+    bad = run(PREPARE, *nbs)
+    assert not bad, '\n\n'.join(f'{k}: {v}' for k,v in bad.items())
     assert sorted(p.name for p in (root/'nbs').iterdir())==before
 
 SHOW = '''
@@ -50,4 +51,6 @@ for m in pkgutil.iter_modules(advmix.__path__):
 print(json.dumps(bad))
 '''
 
-def test_every_public_name_can_be_shown(): assert run(SHOW)=={}
+def test_every_public_name_can_be_shown():
+    bad = run(SHOW)
+    assert not bad, '\n'.join(f'{k}: {v}' for k,v in bad.items())

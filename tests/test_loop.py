@@ -120,7 +120,7 @@ class Relabel(Callback):
     def before_batch(self): self.learn.yb = (torch.where(torch.arange(len(self.y))<3, self.to_, self.y.as_subclass(torch.Tensor)),)
 
 def test_negative_labels_unless_the_loss_ignores_them(dls):
-    with pytest.raises(ValueError, match='negative labels'): quiet(learner(dls, CBS['mixup'](), Relabel(-1)))
+    with pytest.raises(ValueError, match='labels -1..9, outside 0..9'): quiet(learner(dls, CBS['mixup'](), Relabel(-1)))
     for loss,to in ((CrossEntropyLossFlat(), -100), (nn.CrossEntropyLoss(ignore_index=-1), -1)):
         assert torch.isfinite(weights(quiet(learner(dls, CBS['mixup'](), Relabel(to), loss=loss)))).all()
 
@@ -196,7 +196,10 @@ def test_terms_are_summed_with_their_weights(dls):
     "Two halves of a mixer of two terms are the mixer"
     half = lambda x, y, model=None: [(.25, Mixed.unmixed(x)), (.75, Mixed.unmixed(x))]
     whole = lambda x, y, model=None: Mixed.unmixed(x)
-    a,b = (quiet(learner(tensors(), MixCallback(m), Probe(), model=linear())).probe.losses for m in (half, whole))
+    def losses(m):
+        set_seed(0)
+        return quiet(learner(tensors(), MixCallback(m), Probe(), model=linear())).probe.losses
+    a,b = losses(half),losses(whole)
     assert torch.allclose(torch.stack(a), torch.stack(b), atol=1e-5)
 
 def test_a_mixer_that_returns_something_else(dls):
@@ -400,7 +403,7 @@ def pairs(shape=(1,8,8)):
 @pytest.mark.parametrize('cb', MIXING)
 def test_further_inputs_are_refused(cb):
     learn = learner(pairs(), CBS[cb](), model=TwoInputs())
-    with pytest.raises(ValueError, match='takes 2 inputs|2 inputs'): quiet(learn)
+    with pytest.raises(ValueError, match='takes 2 inputs'): quiet(learn)
 
 def test_further_inputs_are_mixed_on_request():
     class Both(Callback):
@@ -412,7 +415,7 @@ def test_further_inputs_are_mixed_on_request():
     learn = learner(pairs(), MixCallback('cutmix', all_inputs=True), Both(), model=TwoInputs())
     quiet(learn)
     assert learn.both.ok
-    with pytest.raises(ValueError, match='would leave the others unmixed'):
+    with pytest.raises(ValueError, match='gives no masks'):
         quiet(learner(pairs(), MixCallback('resizemix', all_inputs=True), model=TwoInputs()))
 
 # company

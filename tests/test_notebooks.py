@@ -11,6 +11,7 @@ nbs  = sorted(p for p in (root/'nbs').rglob('[!_.]*.ipynb') if not (p.parent/'.n
 def test_notebook(nb):
     "In a process of its own: generators, patches and figures of one notebook must not reach the next"
     env = os.environ|dict(IN_TEST='1', PYTHONPATH=str(root))
-    code = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow', 'cuda'])[0])"
+    code = ('import sys; from pathlib import Path; from nbdev.test import test_nb; '
+            "sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['slow', 'cuda'])[0])")
     r = subprocess.run([sys.executable, '-c', code, nb], cwd=root, env=env, capture_output=True, text=True)
     assert r.returncode==0, r.stderr[-6000:]

@@ -1,4 +1,4 @@
-"What a notebook can't say about itself: exports, ids, README, imports, commands, and what a wheel contains"
+"What a notebook can't say about itself: exports, ids, README, imports, commands, measures of the house, and what a wheel contains"
 import ast, json, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from importlib.metadata import entry_points
@@ -9,6 +9,13 @@ root = Path(__file__).resolve().parents[1]
 nbs  = sorted((root/'nbs').rglob('[!_.]*.ipynb'))
 library = [p for p in nbs if re.match(r'\d\d_', p.name)]
 number  = {p.stem[3:]: int(p.stem[:2]) for p in library}
+
+def exported(nb):
+    "The source of its cells that are exported"
+    cells = [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code']
+    return [s for s in cells if re.search(r'^#\|\s*export', s, re.M)]
+
+leave_out = shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__', 'build')
 
 def run(*args, **kw): return subprocess.run([sys.executable, *args], capture_output=True, text=True, **kw)
 
@@ -24,6 +31,71 @@ def test_a_module_imports_only_lower_numbers(nb):
 
 def test_every_module_has_a_notebook():
     assert {p.stem for p in (root/'advmix').glob('[!_]*.py')}==set(number)
+
+# ---------------------------------------------------------------- measures of the house
+
+def test_every_notebook_has_a_test_file():
+    assert not set(number)-{p.stem.removeprefix('test_') for p in (root/'tests').glob('test_*.py')}
+
+def test_exported_lines_can_be_read():
+    "None beyond 140 columns, and less than one in a hundred beyond 120"
+    lines = [(len(l), nb.stem, l) for nb in library for s in exported(nb) for l in s.splitlines() if l.strip()]
+    assert not [o for o in lines if o[0]>140]
+    wide = sorted((o for o in lines if o[0]>120), reverse=True)
+    assert len(wide)<.01*len(lines), wide
+
+def test_test_lines_can_be_read():
+    wide = [f'{p.name}:{i}' for p in (root/'tests').glob('*.py') for i,l in enumerate(p.read_text().splitlines(), 1) if len(l)>140]
+    assert not wide
+
+def public_names(nb):
+    "Functions and classes at the top of exported cells, methods added by `patch` not counted"
+    for s in exported(nb):
+        for n in ast.parse(s).body:
+            if not isinstance(n, (ast.FunctionDef,ast.ClassDef)) or n.name.startswith('_'): continue
+            if not any(getattr(getattr(d, 'func', d), 'id', '')=='patch' for d in n.decorator_list): yield n.name
+
+def test_there_are_not_too_many_names():
+    count = {nb.stem: len(list(public_names(nb))) for nb in library}
+    assert sum(count.values())<=130, count
+
+def test_every_public_name_has_a_docstring():
+    bare = [f'{nb.stem}.{n.name}' for nb in library for s in exported(nb) for n in ast.parse(s).body
+            if isinstance(n, (ast.FunctionDef,ast.ClassDef)) and not n.name.startswith('_') and not ast.get_docstring(n)]
+    assert not bare
+
+SIGNATURES = '''
+import importlib, inspect, json, pkgutil, advmix
+long = {}
+for m in pkgutil.iter_modules(advmix.__path__):
+    if m.name.startswith('_'): continue
+    mod = importlib.import_module('advmix.'+m.name)
+    for name in mod.__all__:
+        o = getattr(mod, name)
+        if not callable(o) or name=='Config' or o.__module__!=mod.__name__: continue   # Config is what a command takes
+        own = lambda k: k=='__init__' or not k.startswith('_')
+        fs = [f for k,f in vars(o).items() if own(k)] if inspect.isclass(o) else [inspect.unwrap(o)]
+        for f in fs:
+            f = getattr(f, '__func__', f)
+            if not inspect.isfunction(f): continue
+            n = [p for p in inspect.signature(f, follow_wrapped=False).parameters.values() if p.name not in ('self','cls')]
+            if len(n)>12 and not hasattr(f, '__delwrap__'): long[f'{m.name}.{name}.{f.__name__}'] = len(n)
+print(json.dumps(long))
+'''
+
+def test_no_signature_is_too_long():
+    "At most twelve parameters; what is passed on to somebody else is delegated"
+    r = run('-c', SIGNATURES, cwd=root)
+    assert r.returncode==0, r.stderr[-3000:]
+    assert json.loads(r.stdout.splitlines()[-1])=={}
+
+@pytest.mark.parametrize('nb', library, ids=lambda p: p.stem)
+def test_no_private_imports_between_modules(nb):
+    tree = ast.parse((root/'advmix'/f'{nb.stem[3:]}.py').read_text())
+    private = [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level for a in n.names if a.name.startswith('_')]
+    assert not private
+
+# ---------------------------------------------------------------- notebooks
 
 @pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
 def test_notebooks_are_clean(nb):
@@ -41,10 +113,11 @@ def test_library_notebooks_show_their_outputs(nb):
 
 def test_export_changes_nothing(tmp_path):
     pytest.importorskip('nbdev')
-    copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__'))
+    copy = shutil.copytree(root, tmp_path/'repo', ignore=leave_out)
     r = run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=copy)
     assert r.returncode==0, r.stderr
-    for p in (root/'advmix').glob('*.py'): assert (copy/'advmix'/p.name).read_text()==p.read_text(), f'{p.name} differs from its notebook: run nbdev_export'
+    for p in (root/'advmix').glob('*.py'):
+        assert (copy/'advmix'/p.name).read_text()==p.read_text(), f'{p.name} differs from its notebook: run nbdev_export'
 
 def test_readme_is_the_index():
     pytest.importorskip('execnb')
@@ -61,7 +134,8 @@ import fastai.vision.all
 from fastai.vision.all import Learner
 def fail(*a, **k): raise AssertionError('network at import')
 socket.socket.connect = fail
-state = lambda: (torch.random.get_rng_state().sum().item(), random.getstate(), np.random.get_state()[1].sum(), list(warnings.filters), torch.get_num_threads(), torch.get_default_dtype())
+state = lambda: (torch.random.get_rng_state().sum().item(), random.getstate(), np.random.get_state()[1].sum(),
+                 list(warnings.filters), torch.get_num_threads(), torch.get_default_dtype())
 before = state()
 import importlib, pkgutil, advmix
 for m in pkgutil.iter_modules(advmix.__path__):
@@ -97,12 +171,18 @@ def commands():
 def test_console_scripts_start(name):
     ep = {e.name: e for e in entry_points(group='console_scripts')}
     if name not in ep: pytest.fail(f'{name} is not installed: pip install -e .')
-    r = run('-c', f'import sys; from importlib.metadata import entry_points; sys.argv=["{name}","--help"]; next(iter(entry_points(group="console_scripts", name="{name}"))).load()()')
+    code = f'''
+import sys
+from importlib.metadata import entry_points
+sys.argv = ["{name}","--help"]
+next(iter(entry_points(group="console_scripts", name="{name}"))).load()()
+'''
+    r = run('-c', code)
     assert r.returncode==0 and 'usage' in r.stdout, r.stdout+r.stderr
 
 def test_wheel_and_sdist_are_complete(tmp_path):
     pytest.importorskip('setuptools')
-    copy = shutil.copytree(root, tmp_path/'repo', ignore=shutil.ignore_patterns('.git', '.venv', '*.egg-info', 'runs', '__pycache__', 'build'))
+    copy = shutil.copytree(root, tmp_path/'repo', ignore=leave_out)
     for kind in ('sdist', 'bdist_wheel'):
         r = run('setup.py', '-q', kind, '--dist-dir', str(tmp_path/'dist'), cwd=copy)
         assert r.returncode==0, r.stderr[-2000:]

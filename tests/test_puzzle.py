@@ -9,7 +9,7 @@ from advmix.puzzle import PuzzleMix
 from advmix.puzzle import _block_means as block_means, _loss_gradient as loss_gradient, _pad_to as pad_to
 from advmix.puzzle import _energy as energy, _relax as relax, _seams as seams, _settle as settle, _solve as solve, _terms as puzzle_terms
 from advmix.puzzle import _move as move, _transport as transport
-from advmix.saliency import contrast_map
+from advmix.saliency import fine_grained
 
 # ---------------------------------------------------------------- the energy
 def random_terms(b, n, m):
@@ -214,7 +214,7 @@ def test_puzzle_adversarial_option():
         moved = max(moved, (m.x-clean).abs().max().item())
         assert (m.x-clean).abs().max()<=eps+1e-6
     assert moved>eps/4 and all(p.grad is None for p in net.parameters())
-    for bad in (dict(adv_p=2), dict(adv_p=.1, saliency=contrast_map), dict(eps=0, adv_p=.1), dict(blocks=(0,)), dict(t_size=0)):
+    for bad in (dict(adv_p=2), dict(adv_p=.1, saliency=fine_grained), dict(eps=0, adv_p=.1), dict(blocks=(0,)), dict(t_size=0)):
         with pytest.raises(ValueError): PuzzleMix(**bad)
 
 def test_puzzle_mean_follows_the_prior():

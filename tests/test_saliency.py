@@ -1,21 +1,61 @@
 "Maps against brute force; where boxes and cells go; SnapMix's conditions and evidence"
 import itertools
-import pytest, torch, torch.nn.functional as F
+from pathlib import Path
+import numpy as np, pytest, torch, torch.nn.functional as F
+from scipy.stats import spearmanr
 from torch import nn
 from advmix.models import get_model
 from advmix.mix import rand_box
-from advmix.saliency import SaliencyMix, AttentiveMix, SnapMix, contrast_map
-from advmix.saliency import _class_map as class_map, _snap as snap, _stage_map as stage_map
+from advmix.saliency import SaliencyMix, AttentiveMix, SnapMix, fine_grained
+from advmix.saliency import _centre_surround, _grey, _class_map as class_map, _snap as snap, _stage_map as stage_map
 from sync import check_no_reads, reads
 
 # ---------------------------------------------------------------- maps
-def test_contrast_map_against_loops():
-    x = torch.rand(2,3,11,16)
-    g,want = x.mean(1),torch.zeros(2,11,16)
-    for r in (max(1,11//k) for k in (16,8,4,2)):
-        for i,j in itertools.product(range(11), range(16)):
-            want[:,i,j] += (g[:,i,j]-g[:,max(i-r,0):i+r+1,max(j-r,0):j+r+1].mean((1,2))).abs()
-    assert torch.allclose(contrast_map(x), want, atol=1e-5)
+# Made with OpenCV 5.0 (opencv-contrib-python-headless): `map` is cv2.saliency.StaticSaliencyFineGrained_create().computeSaliency of the
+# bytes in `image`, `floats` the same of (image/255-mean)/std with CIFAR-10's mean and std, which is what the released SaliencyMix gives it
+STORED = np.load(Path(__file__).parent/'data/fine_grained.npz')
+IMAGES = sorted({k.rpartition('.')[0] for k in STORED})
+
+def stored(name):
+    im = torch.tensor(STORED[name+'.image'])
+    return (im[None] if im.ndim==2 else im.permute(2,0,1))[None]/255,torch.tensor(STORED[name+'.map']).float()/255
+
+def ranks(a, b): return spearmanr(a.flatten().numpy(), b.flatten().numpy())[0]
+
+@pytest.mark.parametrize('name', IMAGES)
+def test_fine_grained_is_that_of_opencv(name):
+    x,want = stored(name)
+    got = fine_grained(x)[0]
+    assert got.shape==want.shape and ranks(got, want)>.999 and (got-want).abs().max()<.04   # theirs rounds to bytes at every step
+    assert want.flatten()[got.argmax()]>.97
+
+@pytest.mark.parametrize('name', [n for n in IMAGES if n+'.floats' in STORED])
+def test_the_released_code_reads_floats_as_bytes(name):
+    x,want = stored(name)
+    mean,std = (torch.tensor(v).view(1,3,1,1)/255 for v in ([125.3,123.0,113.9],[63.0,62.1,66.7]))
+    z = _grey((x-mean)/std)
+    theirs = torch.tensor(STORED[name+'.floats']).float()
+    mine   = _centre_surround(torch.tensor(z.numpy().view('uint8')[:,:,:x.shape[-1]]).float(), z)[0]
+    assert ranks(mine, theirs)>.95 and abs(ranks(theirs, want))<.15
+
+def test_fine_grained_against_loops():
+    x = torch.rand(2,1,30,27)
+    g = _grey(x)
+    on,off = torch.zeros_like(g),torch.zeros_like(g)
+    for r,i,j in itertools.product((12,24,48,28,56,112), range(30), range(27)):
+        box  = g[:,max(i-r+1,0):i+r+1,max(j-r+1,0):j+r+1]
+        diff = g[:,i,j]-(box.sum((1,2))-g[:,i,j])/(box[0].numel()-1)
+        on[:,i,j]  += diff.clamp_min(0)
+        off[:,i,j] -= diff.clamp_max(0)
+    want = on/on.amax((1,2), keepdim=True)+off/off.amax((1,2), keepdim=True)
+    assert torch.allclose(fine_grained(x), want/want.amax((1,2), keepdim=True), atol=1e-4)
+
+@pytest.mark.parametrize('shape', [(2,3,1,1),(2,1,1,9),(1,5,2,3),(3,3,8,8),(1,3,224,40)])
+def test_fine_grained_of_any_size_and_of_nothing(shape):
+    s = fine_grained(torch.rand(shape))
+    assert s.shape==(shape[0],*shape[2:]) and s.isfinite().all() and s.min()>=0 and s.max()<=1
+    assert torch.equal(fine_grained(torch.full(shape, .7)), torch.zeros(s.shape))
+    assert fine_grained(torch.rand(shape).half()).dtype==torch.float32
 
 def test_saliencymix_centres_on_the_first_peak_of_the_batch_image():
     def one(x):
