@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['autoattack']
 
-# %% ../nbs/51_autoattack.ipynb #f4c94bf8
+# %% ../nbs/51_autoattack.ipynb #b234be44
 import hashlib, json, logging, math, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -106,11 +106,12 @@ def _passes(
     norm:str='linf',        # As in `autoattack`
 )->dict:                    # Attack -> (forward, backward) passes per image, at most
     "How many passes each attack may need for one image that stands"
-    t = min(9 if norm!='l1' else 5, n_classes-1)
-    r = 5 if version=='plus' or norm=='l1' else 1   # restarts of APGD on the cross entropy
-    f = 5 if version=='plus' else 1                 # and of FAB
-    table = {'apgd-ce':(101*r+1, 101*r), 'apgd-dlr':(101*r+1, 101*r), 'apgd-t':(102*t+1, 101*t), 'square':(5001, 0),
-             'fab':(202*f+1, 100*n_classes*f), 'fab-t':(203*min(9, n_classes-1)+1, 100*min(9, n_classes-1))}
+    plus,l1 = version=='plus',norm=='l1' and version!='plus'   # under l1, APGD shrinks to the ball in three runs
+    t,u = min(5 if l1 else 9, n_classes-1),min(9, n_classes-1)
+    p,r = 103 if l1 else 101,5 if plus or l1 else 1
+    f   = 5 if plus else 1
+    table = {'apgd-ce':(p*r+1, p*r), 'apgd-dlr':(p*r+1, p*r), 'apgd-t':((p+1)*t+1, p*t), 'square':(5001, 0),
+             'fab':(202*f+1, 100*n_classes*f), 'fab-t':(203*u+1, 100*u)}
     run,_ = _narrowed(_asked(version, attacks, norm, 'batch'), n_classes, '')
     return {a: (table[a][0]+10, table[a][1]) for a in run}   # 10: the checks of the package, and ours
 
@@ -156,7 +157,7 @@ def _key(model, x, y, job):
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if v.numel() else b'')
     return h.hexdigest()
 
-# %% ../nbs/51_autoattack.ipynb #c214ae89
+# %% ../nbs/51_autoattack.ipynb #ce188842
 @patch
 def left(self:_State, k, job):
     "What attack number `k` gets to see `(N,)`"
@@ -199,15 +200,13 @@ def _cascade(net, x, y, s, job, n_classes, save, bar):
     cost   = {a: f for a,(f,_) in _passes(n_classes, job.version, job.attacks, job.norm).items()}
     while s.stage<len(blocks)*len(job.attacks):
         b,k  = divmod(s.stage, len(job.attacks))
-        todo = blocks[b][s.left(k, job)[blocks[b]]]
+        todo = blocks[b][s.left(k, job)[blocks[b]]][s.pos:s.pos+job.bs]
         bar.plan(s, blocks, job, cost)
-        while s.pos<len(todo):
-            _batch(net, x, y, s, todo[s.pos:s.pos+job.bs], k, job, n_classes)
-            save()
-        s.stage,s.pos = s.stage+1,0
+        if len(todo): _batch(net, x, y, s, todo, k, job, n_classes)
+        else: s.stage,s.pos = s.stage+1,0
         save()
 
-# %% ../nbs/51_autoattack.ipynb #188d1462
+# %% ../nbs/51_autoattack.ipynb #78a2a674
 class _Bar:
     "Progress in forward passes: those done, and at most those that images still standing may need"
     def __init__(self, show):
@@ -237,7 +236,7 @@ def _saver(s, path):
         took = at-t
     return save
 
-# %% ../nbs/51_autoattack.ipynb #e210411a
+# %% ../nbs/51_autoattack.ipynb #88a8b97b
 def _square_helped(s, job):
     "A sentence if Square found more than attacks that follow gradients should leave"
     if 'square' not in job.attacks or len(job.attacks)<2: return []

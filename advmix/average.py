@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Companion', 'EMACallback']
 
-# %% ../nbs/41_average.ipynb #7ca4eebc
+# %% ../nbs/41_average.ipynb #81522bdd
 import math
 from copy import deepcopy
 import torch
@@ -16,7 +16,7 @@ from fastai.torch_core import apply, get_model as bare, num_distrib
 from .core import *
 from .ema import *
 
-# %% ../nbs/41_average.ipynb #c09ba93e
+# %% ../nbs/41_average.ipynb #3be10e0e
 class _Hook:
     "Carries a companion's tensors in the model's `state_dict`; copied or pickled, it does nothing"
     def __init__(self, cb=None): self.cb = cb
@@ -30,7 +30,7 @@ class _Hook:
         found = {k[len(start):]:state_dict.pop(k) for k in list(state_dict) if k.startswith(start)}
         if found: self.cb.load_state({k:v for k,v in found.items() if k!='empty'})   # a plain file says nothing of it
 
-# %% ../nbs/41_average.ipynb #e71bbb52
+# %% ../nbs/41_average.ipynb #590ec026
 class _Twin(Metric):
     "`metric`, computed on the predictions of the companion `cb`"
     fed = False
@@ -53,9 +53,9 @@ def _has_twin(m):
     "Does this metric look at predictions?"
     return type(m).accumulate is not Metric.accumulate and not isinstance(m, (_Twin, AvgLoss, AvgSmoothLoss))
 
-# %% ../nbs/41_average.ipynb #a3584c0e
+# %% ../nbs/41_average.ipynb #f3b39da7
 class Companion(Callback):
-    "Networks beside the model: saved with it, validated in `_ema` columns, gone with it; `ValueError` for two of one name"
+    "Networks beside the model: saved with it, validated in `_ema` columns; `ValueError` for two of one name"
     order,columns,instead = 4,True,False   # before `MixCallback` (5), to see clean images
     slow_pred,hook,handles = None,None,()
     _stateattrs = 'slow_pred','hook','handles'
@@ -121,10 +121,10 @@ class Companion(Callback):
         bs  = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
         return (self.n_epoch-self.epoch)*len(dl)//max(1, math.ceil(max(acc, default=1)/bs))
 
-# %% ../nbs/41_average.ipynb #93b89e28
+# %% ../nbs/41_average.ipynb #0f952f93
 class EMACallback(Companion):
     "Average the weights, and validate the average too; `ValueError` for a decay outside [0,1]"
-    average,begun,seen = None,False,0
+    average,begun = None,False
     def __init__(self,
         decay:float=None,       # Momentum $m$, or the first one where `final` is given; None: see `Average`
         *,
@@ -151,7 +151,7 @@ class EMACallback(Companion):
 
     def before_fit(self):
         super().before_fit()
-        self.begun,self.seen = False,0
+        self.begun = False
 
     def before_train(self):
         "Begin a fit: where is the end of the schedule?"
@@ -161,9 +161,7 @@ class EMACallback(Companion):
 
     def before_batch(self):
         "Show the average clean images"
-        if not self.training or (self.seen>=20 and self.iter<self.n_iter-20): return
-        self.average.see(*self.xb)
-        self.seen += 1
+        if self.training and (self.average.k<20 or self.n_iter-self.iter<=20): self.average.see(*self.xb)
 
     def after_step(self):
         "One update per step of the optimiser; none where half precision skipped it"

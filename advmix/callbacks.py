@@ -6,11 +6,11 @@
 __all__ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback', 'AdAutoMixCallback',
            'MixedAccuracy', 'Companion', 'GameCallback']
 
-# %% ../nbs/43_callbacks.ipynb #71ceee7c
+# %% ../nbs/43_callbacks.ipynb #4cecd74f
 from .loop import *
 from .average import *
 from .game import *
 
-# %% ../nbs/43_callbacks.ipynb #7ced472d
-_all_ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback', 'AdAutoMixCallback',
-         'MixedAccuracy', 'Companion', 'GameCallback']
+# %% ../nbs/43_callbacks.ipynb #32f4c66f
+_all_ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback',
+         'AdAutoMixCallback', 'MixedAccuracy', 'Companion', 'GameCallback']

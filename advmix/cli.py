@@ -25,11 +25,13 @@ def _in_shell(text, f):
 # %% ../nbs/71_cli.ipynb #07c0a071
 _remedies = {errno.ENOSPC: 'free some space, the same command goes on', errno.EFBIG: 'free some space, the same command goes on',
              errno.EACCES: 'choose another folder', errno.EROFS: 'choose another folder', errno.EPERM: 'choose another folder',
-             errno.ENAMETOOLONG: 'choose a shorter one', errno.ENOTDIR: 'a part of the path is a file', errno.ELOOP: 'links that lead in a circle'}
+             errno.ENAMETOOLONG: 'choose a shorter one', errno.ENOTDIR: 'a part of the path is a file',
+             errno.ELOOP: 'links that lead in a circle'}
 
 def _sentence(e):
     "What to tell a user about an exception, None if it is a bug"
-    if isinstance(e, OSError) and e.errno: return ': '.join(str(o) for o in (e.filename, e.strerror, _remedies.get(e.errno)) if o)
+    if isinstance(e, OSError) and e.errno:
+        return ': '.join(str(o) for o in (e.filename, e.strerror, _remedies.get(e.errno)) if o)
     if isinstance(e, (ValueError, OSError)): return str(e)
     if isinstance(e, MemoryError) or type(e).__name__=='OutOfMemoryError' or "can't allocate memory" in str(e):
         return 'out of memory: use smaller batches (bs=), images (size=) or a smaller network (arch=)'
@@ -85,7 +87,8 @@ def _device(name):
     for d in name.split(',') if name else []:
         try: torch.empty(1, device=torch.device(d)).cpu()
         except Exception as e:   # torch has many ways of saying no
-            raise ValueError(f'device={d!r} is not available here ({str(e).splitlines()[0][:80]}): leave it out, or use cpu') from None
+            raise ValueError(f'device={d!r} is not available here ({str(e).splitlines()[0][:80]}): '
+                             f'leave it out, or use cpu') from None
     return name
 
 def _show_run(r):
@@ -94,6 +97,11 @@ def _show_run(r):
     print(f'{c.method} on {c.data}, eps {c.eps:.4g}, seed {c.seed}')
     r.report.show()
     print('\n'.join(f'  {p}' for p in sorted(r.folder.iterdir())))
+
+# %% ../nbs/71_cli.ipynb #b8889ee7
+def _complain(report):
+    "`ValueError` if a measurement failed: a table with a row missing should not pass for a whole one"
+    if report.missing: raise ValueError('not measured: '+'; '.join(f'{k} ({why})' for k,why in report.missing.items()))
 
 # %% ../nbs/71_cli.ipynb #47d50d5c
 @command
@@ -107,7 +115,9 @@ def train(
 ):
     "Train a classifier on mixtures and judge it by AutoAttack"
     from advmix.experiment import run
-    _show_run(run(Config(**kwargs), out, _device(device), resume, force))
+    r = run(Config(**kwargs), out, _device(device), resume, force)
+    _show_run(r)
+    _complain(r.report)
 
 # %% ../nbs/71_cli.ipynb #7eb0e90b
 @command
@@ -126,7 +136,8 @@ def compare(
     "Train several methods with several seeds and compare them"
     specs = methods.split(',')
     if list:
-        for name,(_,c) in Config.sweep(specs, seeds, **kwargs).items(): print(c.command('--out', f'{out}/{name}', '--resume'))
+        for name,(_,c) in Config.sweep(specs, seeds, **kwargs).items():
+            print(c.command('--out', f'{out}/{name}', '--resume'))
         return
     from advmix.experiment import compare_runs, table
     if collect is not None: specs,out = None,collect
@@ -138,17 +149,22 @@ def compare(
 # %% ../nbs/71_cli.ipynb #571ebd00
 def _there(path):
     "`path` as a `Path`; `FileNotFoundError` if nothing is there"
-    if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist: give a run folder, a .pkl or a weights file')
+    if not Path(path).exists():
+        raise FileNotFoundError(f'{path} does not exist: give a run folder, a .pkl or a weights file')
     return Path(path)
 
 def _exported(path, trust):
     "The network of a `.pkl` of `learn.export`, taking pixels, and its class names"
-    if not trust: raise ValueError(f'{path} is a pickle, and opening one runs whatever code is in it: if it is from you or from somebody you trust, add trust_pickle=True')
+    if not trust:
+        raise ValueError(f'{path} is a pickle, and opening one runs whatever code is in it: '
+                         f'if it is from you or from somebody you trust, add trust_pickle=True')
     from fastai.learner import load_learner
     from advmix.data import pixel_stats
     from advmix.models import on_pixels
     try: learn = load_learner(path)
-    except Exception as e: raise ValueError(f'{path} cannot be opened ({type(e).__name__}: {str(e)[:100]}): it is damaged, or needs code that is not here') from None
+    except Exception as e:
+        raise ValueError(f'{path} cannot be opened ({type(e).__name__}: {str(e)[:100]}): '
+                         f'it is damaged, or needs code that is not here') from None
     names = getattr(learn.dls, 'vocab', None)
     return on_pixels(learn.model.eval(), *(pixel_stats(learn.dls) or ())),names and [str(o) for o in names]
 
@@ -158,7 +174,8 @@ def _weights(path):
     from fastcore.foundation import L
     from safetensors.torch import load_file
     if path.suffix=='.safetensors': return load_file(path)
-    numbers = [np.dtype, type(np.dtype('f4')), type(np.dtype('f8')), np.float64(0).__reduce__()[0], L]   # schedules leave them in files of `learn.save`
+    # schedules leave NumPy's numbers in files of `learn.save`
+    numbers = [np.dtype, type(np.dtype('f4')), type(np.dtype('f8')), np.float64(0).__reduce__()[0], L]
     with torch.serialization.safe_globals(numbers): state = torch.load(path, map_location='cpu', weights_only=True)
     return state
 
@@ -175,7 +192,9 @@ def _filled(path, arch, **kwargs):
     from advmix.weights import model_with
     if arch is None: raise ValueError(f'{path} does not say what network it is for: give arch=')
     try: state = _weights(path)
-    except Exception as e: raise ValueError(f'{path} cannot be read as weights ({type(e).__name__}): it is damaged, or something else') from None
+    except Exception as e:
+        raise ValueError(f'{path} cannot be read as weights ({type(e).__name__}): '
+                         f'it is damaged, or something else') from None
     try: return model_with(state, arch, **kwargs)
     except Exception as e: raise ValueError(f'{path}: {str(e) or type(e).__name__}') from None
 
@@ -189,7 +208,8 @@ def _check_floors(
     for item in filter(None, floors.replace(' ', '').split(',')):
         name,_,v = item.partition('=')
         try: floor = float(v)
-        except ValueError: raise ValueError(f'fail_under={item!r}: give name=number, for example autoattack=0.4') from None
+        except ValueError:
+            raise ValueError(f'fail_under={item!r}: give name=number, for example autoattack=0.4') from None
         if name not in rows: raise ValueError(f'fail_under={item!r}: {name} was not measured, only {", ".join(rows)}')
         if rows[name]<floor: low.append(f'{name} is {rows[name]:.4f}, under {floor}')
     return low
@@ -201,7 +221,8 @@ def _check_fit(net, x):
     try:
         with torch.no_grad(): net(x)
     except RuntimeError as e:
-        raise ValueError(f'the network does not take images of {x.shape[1]} channels and {x.shape[2]} by {x.shape[3]} pixels ({str(e).splitlines()[0][:100]}): '
+        raise ValueError(f'the network does not take images of {x.shape[1]} channels and {x.shape[2]} by {x.shape[3]} pixels '
+                         f'({str(e).splitlines()[0][:100]}): '
                          'give other data= or another size=') from None
 
 # %% ../nbs/71_cli.ipynb #cf5f0d97
@@ -222,25 +243,30 @@ def evaluate(
 ):
     "Judge a trained network: clean, FGSM, PGD and AutoAttack accuracy on test images"
     path = _there(path)
-    if eps is not None and not 0<eps<=1: raise ValueError(f'eps={eps}: a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
+    if eps is not None and not 0<eps<=1:
+        raise ValueError(f'eps={eps}: a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
     from fastai.torch_core import default_device
     from advmix.data import split_tensors
     from advmix.files import get_dls
     from advmix.folder import Run
-    from advmix.report import SUITES, robust_report
+    from advmix.jobs import SUITES
+    from advmix.report import robust_report
     c = Run(path).config if path.is_dir() else None
-    if not data and (data is not None or c is None): raise ValueError(f'{path} does not say what data it is for: give data=')
+    if not data and (data is not None or c is None):
+        raise ValueError(f'{path} does not say what data it is for: give data=')
     device  = _device(device) or default_device()
     net,names = (None, None) if arch else _with_names(path, trust_pickle)
     dls = get_dls(data or c.data, size=size or (c.size if c else None), vocab=names)
     x,y = split_tensors(dls)
     if net is None: net = _filled(path, arch, n_classes=len(dls.vocab), c_in=x.shape[1], size=x.shape[-1])
     _check_fit(net.to(device), x[:2].to(device))
-    report = robust_report(net, (x,y), eps=eps or (c.eps if c else 8/255), suite=suite if suite in SUITES else suite.split(','), n=n_eval,
+    report = robust_report(net, (x,y), eps=eps or (c.eps if c else 8/255), n=n_eval,
+                           suite=suite if suite in SUITES else suite.split(','),
                            seed=seed, bs=500, out=out, progress=sys.stdout.isatty())
     report.show()
-    if report.missing: raise KeyboardInterrupt(f'{", ".join(report.missing)} not measured')
+    if 'interrupted' in report.missing.values(): raise KeyboardInterrupt(f'{", ".join(report.missing)} not measured')
     low = _check_floors(report, fail_under)
     if low:
         print('; '.join(low), file=sys.stderr)
         raise SystemExit(1)
+    _complain(report)

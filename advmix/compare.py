@@ -7,9 +7,8 @@ __all__ = ['compare_reports']
 
 # %% ../nbs/57_compare.ipynb #46761c8a
 from dataclasses import dataclass
-import matplotlib.pyplot as plt, numpy as np, torch
+import matplotlib.pyplot as plt, numpy as np
 from .intervals import *
-from .calibration import *
 from .rows import *
 
 # %% ../nbs/57_compare.ipynb #08f451d8
@@ -30,18 +29,33 @@ def _difference(rep, a, b, same):
     return dict(zip(('diff','lo','hi'), _unpaired(*ends)), how='unpaired')
 
 # %% ../nbs/57_compare.ipynb #1a41c52b
-def _calibration_numbers(r): return {k: torch.tensor([float(v) for v in t.split()]) for k,t in r['per_image'].items()}
+def _each(r): return {k: np.array(t.split(), dtype=float) for k,t in r['per_image'].items()}
 
+def _gaps(v, n_bins):
+    "How much surer than right each image is, in the column of its bin; ECE is the sum of absolute column sums over n"
+    edges = np.linspace(0, 1, n_bins+1, dtype=np.float32)
+    k = np.searchsorted(edges, v['confidence'].astype(np.float32), side='right')-1
+    return np.eye(n_bins)[k.clip(max=n_bins-1)]*(v['confidence']-v['right'])[:,None]
+
+def _ece_difference(a, b, n_bins, draws=400):
+    "Difference of two ECEs on the same images, and its normal interval with the bootstrap's standard error"
+    ga,gb = _gaps(a, n_bins),_gaps(b, n_bins)
+    n,rng = len(ga),np.random.default_rng(0)
+    ece_  = lambda w, g: np.abs(w@g).sum(-1)/n
+    d = ece_(np.ones(n), gb)-ece_(np.ones(n), ga)
+    ws = (rng.multinomial(n, np.full(n, 1/n)) for _ in range(draws))   # how often each image is drawn
+    half = 1.96*np.std([ece_(w, gb)-ece_(w, ga) for w in ws])
+    return float(d),float(d-half),float(d+half)
+
+# %% ../nbs/57_compare.ipynb #0fa3d1f8
 def _compare_calibration(a, b, same):
     "Rows for ECE, NLL and Brier of `b`, with their differences from `a`"
-    va,vb = _calibration_numbers(a),_calibration_numbers(b)
-    pair  = same and a['n']==b['n'] and a['n_bins']==b['n_bins']
-    if not pair: return [dict(name=k, diff=b[key]-a[key]) for k,key in (('ECE','ece'),('NLL','nll'),('Brier','brier'))]
-    draw = torch.Generator().manual_seed(0)
-    def gap(v, i): return ece(v['confidence'][i], v['right'][i].bool(), a['n_bins'])
-    ds = [gap(vb, i)-gap(va, i) for i in (torch.randint(a['n'], (a['n'],), generator=draw) for _ in range(400))]
-    d   = dict(ECE=(b['ece']-a['ece'], *np.quantile(ds, [.025,.975]).tolist()))
-    d  |= {name: bootstrap((vb[key]-va[key]).numpy(), None) for name,key in (('NLL','nll'),('Brier','brier'))}
+    keys = dict(ECE='ece', NLL='nll', Brier='brier')
+    if not (same and a['n']==b['n'] and a['n_bins']==b['n_bins']):
+        return [dict(name=name, diff=b[k]-a[k]) for name,k in keys.items()]
+    va,vb = _each(a),_each(b)
+    d = dict(ECE=_ece_difference(va, vb, a['n_bins']))
+    for k in ('NLL','Brier'): d[k] = bootstrap(vb[keys[k]]-va[keys[k]], None)
     return [dict(name=k, how='paired', **dict(zip(('diff','lo','hi'), v))) for k,v in d.items()]
 
 # %% ../nbs/57_compare.ipynb #6dca2562

@@ -24,9 +24,9 @@ DEFAULTS['cifar100'] = DEFAULTS['cifar10']
 class Config:
     "All that decides the numbers of a run; open settings take the data set's default. `ValueError` says what is wrong"
     def __init__(self,
-        method:str='aom',       # vanilla, pgd, mix_pgd, cutmix_pgd, iat, aom, automix, adautomix, manifold, or a mix: mixup, cutmix, fmix, ...
+        method:str='aom',       # vanilla, pgd, mix_pgd, iat, aom, automix, adautomix, or a mix: mixup, cutmix, ...
         data:str='digits',      # digits, cifar10, cifar100, or a folder of images
-        arch:str=None,          # Architecture: convnet_s, resnet18, ..., timm:NAME, see `get_model`; default depends on the data, as do those below
+        arch:str=None,          # Architecture, such as resnet18, see `get_model`; default by the data, as those below
         size:int=None,          # Side of the images in pixels
         epochs:int=None,        # Epochs of the one-cycle schedule
         bs:int=None,            # Batch size
@@ -73,7 +73,8 @@ def _types(self:Config):
         if kind is str:   self._need(isinstance(v, (str, Path)), k, 'must be text')
         if kind is bool:  self._need(isinstance(v, bool), k, 'must be True or False')
         if kind is int:   self._need(isinstance(v, Integral) and not isinstance(v, bool), k, 'must be a whole number')
-        if kind is float: self._need(isinstance(v, Real) and not isinstance(v, bool) and _finite(v), k, 'must be a finite number')
+        if kind is float:
+            self._need(isinstance(v, Real) and not isinstance(v, bool) and _finite(v), k, 'must be a finite number')
         setattr(self, k, kind(v))
 
 def _finite(v):
@@ -94,7 +95,7 @@ def _values(self:Config):
     from torchvision import models
     from advmix.methods import METHODS
     from advmix.models import ARCHS
-    from advmix.report import JOBS, SUITES
+    from advmix.jobs import JOBS, SUITES
     need = self._need
     need(self.method in METHODS, 'method', f'choose one of {", ".join(METHODS)}')
     need(self.arch in ARCHS or self.arch in models.list_models(module=models) or self.arch.startswith('timm:'), 'arch',
@@ -126,7 +127,8 @@ def from_json(cls:Config,
     try: d = json.loads(s)
     except (ValueError, RecursionError): d = None
     if not isinstance(d, dict) or not {'method','data','seed'}<=d.keys(): raise ValueError('not the settings of a run')
-    if new := d.keys()-_settings.keys(): raise ValueError(f'settings that this version does not know: {", ".join(sorted(new))}')
+    if new := d.keys()-_settings.keys():
+        raise ValueError(f'settings that this version does not know: {", ".join(sorted(new))}')
     c = cls.__new__(cls)
     vars(c).update({k: d.get(k, p.default) for k,p in _settings.items()})
     c._types()
@@ -168,7 +170,8 @@ def from_spec(cls:Config,
     for s in others:
         k,_,v = s.partition('=')
         if k not in _settings or k in ('method','seed'):
-            raise ValueError(f'{spec!r}: {k!r} is not a setting, choose among {", ".join(k for k in _settings if k not in ("method","seed"))}')
+            raise ValueError(f'{spec!r}: '
+                             f'{k!r} is not a setting, choose among {", ".join(k for k in _settings if k not in ("method","seed"))}')
         settings[k] = _parsed(spec, k, v)
     return cls(method=method, **settings)
 
@@ -181,5 +184,6 @@ def sweep(cls:Config,
 )->dict:            # Name -> `(spec, Config)`
     "A config for each spec and seed; `ValueError` before the first epoch if any of them is wrong"
     specs = dict.fromkeys(s.strip() for s in specs)
-    if not isinstance(seeds, int) or not 0<seeds<=1000: raise ValueError(f'seeds={seeds!r}: must be a whole number from 1 to 1000')
+    if not isinstance(seeds, int) or not 0<seeds<=1000:
+        raise ValueError(f'seeds={seeds!r}: must be a whole number from 1 to 1000')
     return {f'{re.sub("[^A-Za-z0-9_.=+-]", ",", s)}-{i}': (s, cls.from_spec(s, seed=i, **settings)) for s in specs for i in range(seeds)}

@@ -74,7 +74,7 @@ def check_logits(
     logits:Tensor,  # What the model returned
     y:Tensor=None,  # Labels that must be among its classes, `(B,)`
 )->Tensor:          # `logits`, unchanged
-    "Return `logits` if they are finite and `(B,n)` with every label below n, else `ValueError`; probabilities are refused"
+    "Return `logits` if they are finite, `(B,n)` with every label below n, and no probabilities; else `ValueError`"
     if not isinstance(logits, Tensor) or logits.ndim!=2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f'the model returns {got}: it must return logits (B,n)')
@@ -89,7 +89,7 @@ def check_logits(
 def at_least_float32(
     t:Tensor,   # Any tensor
 )->Tensor:      # The same in float32, or as it is if that is no coarser
-    "Half precision is too coarse for losses, ratios and the rim of a ball"
+    "`t` in float32 unless it is finer already: half precision is too coarse for losses and ratios"
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 # %% ../nbs/00_core.ipynb #629d6612
@@ -109,7 +109,7 @@ def _unreduced(loss_func):
     "A version of `loss_func` that returns one value per item, or None if it has no `reduction`"
     if hasattr(loss_func, 'reduction'):
         lf = copy.copy(loss_func)
-        if isinstance(getattr(lf, 'func', None), nn.Module): lf.func = copy.copy(lf.func)   # fastai's BaseLoss keeps `reduction` one level down
+        if isinstance(getattr(lf, 'func', None), nn.Module): lf.func = copy.copy(lf.func)   # fastai's is one level down
         lf.reduction = 'none'
         return lf
     try: has_kw = 'reduction' in inspect.signature(loss_func).parameters
@@ -139,7 +139,7 @@ def item_losses(
 # %% ../nbs/00_core.ipynb #94f9a0cd
 def _normaliser(loss_func, y):
     "What each item adds to the denominator of `loss_func`'s mean, `(B,)`: its class weight, 0 if ignored"
-    lf   = getattr(loss_func, 'func', loss_func)   # fastai's BaseLoss and functools.partial both keep the loss in `func`
+    lf   = getattr(loss_func, 'func', loss_func)   # fastai's BaseLoss and functools.partial keep it in `func`
     opts = dict(weight=None, ignore_index=-100)
     given = getattr(loss_func, 'keywords', {})
     if isinstance(lf, (nn.CrossEntropyLoss, nn.NLLLoss)): opts = {k: getattr(lf, k) for k in opts}
@@ -161,7 +161,7 @@ def mixed_loss(
     "The user's loss on mixed targets, reduced as the user's loss reduces; `ValueError` names a loss that cannot do it"
     if mode not in (None, 'items', 'soft'): raise ValueError(f"loss_mode {mode!r} unknown: use 'items', 'soft' or None")
     if not isinstance(y, Tensor):
-        raise ValueError(f'targets of type {type(y).__name__} cannot be mixed: use a tensor of class numbers or of floats')
+        raise ValueError(f'targets of type {type(y).__name__} cannot be mixed: use a tensor of class numbers or floats')
     hard = not y.is_floating_point() and y.ndim<pred.ndim
     if mode=='soft' or (mode is None and not hard):
         return _soft_loss(loss_func, at_least_float32(pred), soft_labels(y, idx, w, pred.shape[1]))
@@ -185,9 +185,9 @@ def _soft_loss(loss_func, pred, target):
 @contextmanager
 def untouched(
     model:nn.Module,    # Any network
-    mode:str='eval',    # "eval": every module in evaluation mode; "as_is": flags as they are, buffers put back afterwards
+    mode:str='eval',    # "eval": every module in evaluation mode; "as_is": flags as they are, buffers put back
 ):
-    "Run auxiliary passes through `model`; every training flag and buffer is as before afterwards, also after an exception"
+    "Run auxiliary passes through `model`; afterwards its flags and buffers are as before, also after an exception"
     if mode not in ('eval', 'as_is'): raise ValueError(f"mode {mode!r} unknown: use 'eval' or 'as_is'")
     flags   = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.clone()) for b in model.buffers()] if mode=='as_is' else []

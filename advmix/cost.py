@@ -70,7 +70,7 @@ def _peak(f, device):
 # %% ../nbs/72_cost.ipynb #b415f7d8
 class _BFloat16(Callback):
     "fastai's `MixedPrecision` works on GPUs alone; this needs no scaling and works anywhere"
-    order = MixedPrecision.order
+    order = 4   # before the mixing, so that attacks run in it
     def before_batch(self):
         self.cast = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
         self.cast.__enter__()

@@ -124,6 +124,7 @@ def _hold_out(parts, n_train):
     for i,k in ((2,5),(1,10)):
         n = 0 if parts[i] else -(-len(parts[0])//k)
         if n: splits[i],rest = rest[:n],rest[n:]
+    if not rest: raise ValueError(f'{len(parts[0])} training images are too few: what is held out leaves none')
     splits[0] = rest[:n_train]
     return sum(parts, []),splits
 

@@ -31,7 +31,8 @@ class Average(nn.Module):
         for k,v in dict(decay=decay, final=final, hold=hold).items():
             if v is not None and not 0<=v<=1:
                 raise ValueError(f'{k}={v} is outside [0,1]: .999 averages over about a thousand steps')
-        if n_steps is not None and not n_steps>0: raise ValueError(f'n_steps={n_steps}: give the steps of the whole training, or None')
+        if n_steps is not None and not n_steps>0:
+            raise ValueError(f'n_steps={n_steps}: give the steps of the whole training, or None')
         self.net = copy.deepcopy(net).requires_grad_(False)
         self.decay,self.final,self.hold = decay,final,hold
         self.k,self.n_steps = 0,n_steps

@@ -24,6 +24,7 @@ from .data import *
 from .files import *
 from .models import *
 from .callbacks import *
+from .jobs import SUITES
 from .report import *
 from .methods import *
 from .config import *
@@ -34,13 +35,15 @@ def _learner(config, run, device=None):
     "The `Learner` of a run, and the arguments of `get_model` that built its network"
     device = torch.device(device or default_device())
     if config.amp!='no' and device.type!='cuda':
-        raise ValueError(f'amp={config.amp!r}: half precision needs a CUDA GPU, and this run is on {device.type}: leave it out')
+        raise ValueError(f'amp={config.amp!r}: half precision needs a CUDA GPU, and this run is on {device.type}: '
+                         f'leave it out')
     set_seed(config.seed, reproducible=True)
     dls  = get_dls(config.data, bs=config.bs, seed=config.seed, size=config.size).to(device)
     m,s  = data_stats(dls, 2000)
     spec = dict(arch=config.arch, n_classes=len(dls.vocab), c_in=len(m), size=config.size, mean=m, std=s)
     cbs  = METHODS[config.method](config)
-    if config.ema and not any(isinstance(cb, GameCallback) for cb in cbs): cbs.append(EMACallback())   # a game has its average already
+    if config.ema and not any(isinstance(cb, GameCallback) for cb in cbs):
+        cbs.append(EMACallback())   # a game has its average already
     learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=run.folder,
                     cbs=[*cbs, run.checkpoint(100*math.log(len(dls.vocab)))])
     if config.amp!='no': learn.to_fp16() if config.amp=='fp16' else learn.to_bf16()
@@ -76,15 +79,18 @@ def _png(fig):
 def _judge(r, nets, dls, progress=True):
     "Measure robustness of each network of a run and write `report.json` and the pictures"
     c,report = r.config,None
-    x,y = split_tensors(dls)
+    suite = c.suite if c.suite in SUITES else c.suite.split(',')
+    data,vocab = split_tensors(dls),[str(o) for o in dls.vocab]
     for name,net in nets.items():
         end = name.removeprefix('model')
-        new = robust_report(net, (x,y), eps=c.eps, suite=c.suite if c.suite in SUITES else c.suite.split(','), n=c.n_eval, seed=c.seed, bs=500,
-                            state=r.folder/f'autoattack{end}.pth', progress=progress)
-        if new.missing: raise KeyboardInterrupt(f'{", ".join(new.missing)} not measured')   # the report keeps what it has, but the run is not finished
+        new = robust_report(net, data, eps=c.eps, suite=suite, n=c.n_eval, seed=c.seed, bs=500,
+                            vocab=vocab, state=r.folder/f'autoattack{end}.pth', progress=progress)
+        if 'interrupted' in new.missing.values(): raise KeyboardInterrupt(f'{", ".join(new.missing)} not measured')
         if report is None: report = new
-        else: report.rows += [o|dict(name=o['name']+end) for o in new.rows]
-    report.config |= vars(c) | dict(vocab=[str(o) for o in dls.vocab])
+        else:
+            report.rows    += [o|dict(name=o['name']+end) for o in new.rows]
+            report.missing |= {k+end: why for k,why in new.missing.items()}
+    report.config |= vars(c)
     write_file(r.folder/'report.png',  _png(report.plot()[0].figure))
     write_file(r.folder/'history.png', _png(_plot_history(r.history)))
     report.to_json(r.folder/'report.json')   # last: its presence says the run is finished
@@ -101,7 +107,8 @@ def run(
     "Train and judge one network, and write everything down; a finished run is opened, not repeated"
     r = Run.find(config, out, resume, force)
     if r.finished and not force:
-        with suppress(OSError): r.tidy()   # it may have been killed between the report and the end, and be read-only now
+        with suppress(OSError):
+            r.tidy()   # it may have been killed between the report and the end, and be read-only now
         return r
     if resume and progress and not r.unfinished: print(f'{r.folder} holds nothing to go on with: starting', flush=True)
     learn,spec = _learner(config, r, device)
@@ -110,10 +117,12 @@ def run(
     try:
         with r.at_work(force):
             with nullcontext() if bars else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
-            nets = dict(model=bare(learn.model), **{'model_ema': cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)})
+            slow = [cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)]
+            nets = dict(model=bare(learn.model), **{'model_ema': net for net in slow})
             for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
             _judge(r, nets, learn.dls, bars)
-    except ValueError as e: raise ValueError(re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e))) from e   # fastai's words
+    except ValueError as e:
+        raise ValueError(re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e))) from e   # fastai's words
     except KeyboardInterrupt as e:
         what = 'go on from the last epoch with resume=True' if r.unfinished else 'no epoch was finished, so nothing is kept'
         raise KeyboardInterrupt(f'{e}; {what}' if str(e) else what) from None
@@ -171,10 +180,12 @@ def compare_runs(
     if specs is None: return _written(_collected(out, progress), out)
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f'jobs={jobs!r}: must be a positive whole number')
     sweep = Config.sweep(specs, seeds, **settings)
-    todo  = [n for n,(_,c) in sweep.items() if force or not Run.find(c, out/n, True, force).finished]   # what is in the way is in the way now
+    made  = {n: Run.find(c, out/n, True, force).finished for n,(_,c) in sweep.items()}   # what is in the way is in the way now
+    todo  = [n for n in sweep if force or not made[n]]
     if progress: print(f'{len(todo)} runs to make in {out}, {len(sweep)-len(todo)} there, {jobs} at a time', flush=True)
     devices = device.split(',') if isinstance(device, str) else [device]
-    failed,start,tasks = {},perf_counter(),[(n, sweep[n][1], out, devices[i%len(devices)], force) for i,n in enumerate(todo)]
+    failed,start = {},perf_counter()
+    tasks = [(n, sweep[n][1], out, devices[i%len(devices)], force) for i,n in enumerate(todo)]
     try:
         for i,(name,why,sec) in enumerate(_made(tasks, jobs), 1):
             if why: failed[name] = why

@@ -61,7 +61,7 @@ def _npz_dls(path, vocab=None, **kwargs):
     may = 'x_valid y_valid x_test y_test vocab'.split()
     try:
         with np.load(path, allow_pickle=False) as f: arrays = {k:f[k] for k in f.files}
-    except Exception as e: raise ValueError(f'{path} cannot be read ({e}): write it by np.savez, without objects') from e
+    except Exception as e: raise ValueError(f'{path} cannot be read ({e}): write it by np.savez without objects') from e
     if not {'x_train','y_train'}<=arrays.keys()<={'x_train','y_train',*may}:
         raise ValueError(f'{path} holds the arrays {", ".join(arrays)}: '
                          f'it needs x_train and y_train, and may have {", ".join(may)}')

@@ -64,18 +64,22 @@ def save_model(
 def load_model(
     path,               # `.safetensors` file
     vocab:bool=False,   # Return the names of the classes as well
-):                      # The network in evaluation mode, taking pixels; with `vocab` a pair of it and a list, or None if the file has no names
+):                      # The network in evaluation mode, taking pixels; with `vocab` also a list, or None if there are no names
     "Build the network the file describes and fill in the weights; `ValueError` if it doesn't describe one or is broken"
     try:
         with safe_open(path, 'pt') as f: meta = f.metadata() or {}
         state = load_file(path)
-    except SafetensorError as e: raise ValueError(f'{path} cannot be read as a safetensors file ({e}): it is damaged, or something else') from None
-    if 'spec' not in meta: raise ValueError(f'{path} does not say what network it is for: give its architecture with arch=')
+    except SafetensorError as e:
+        raise ValueError(f'{path} cannot be read as a safetensors file ({e}): '
+                         f'it is damaged, or something else') from None
+    if 'spec' not in meta:
+        raise ValueError(f'{path} does not say what network it is for: give its architecture with arch=')
     try:
         net = get_model(**json.loads(meta['spec']))
         net.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'{path} describes a network that cannot be built from it ({str(e).splitlines()[-1].strip()[:120]})') from None
+        raise ValueError(f'{path} describes a network that cannot be built from it ('
+                         f'{str(e).splitlines()[-1].strip()[:120]})') from None
     return (net.eval(), json.loads(meta.get('vocab', 'null'))) if vocab else net.eval()
 
 # %% ../nbs/69_folder.ipynb #75548137
@@ -117,7 +121,8 @@ def check(self:_Checkpoint, loss):
     "`ValueError` if training has diverged; then there is nothing to go on with"
     if math.isfinite(loss) and loss<=self.worst: return
     self.path.unlink(missing_ok=True)
-    raise ValueError(f'the training diverged: its loss became {loss:.3g} in epoch {self.epoch}; lower the learning rate with lr=')
+    raise ValueError(f'the training diverged: its loss became {loss:.3g} in epoch {self.epoch}; '
+                     f'lower the learning rate with lr=')
 
 # %% ../nbs/69_folder.ipynb #e1b29cb1
 def _plain(o):
@@ -149,7 +154,9 @@ def read(self:_Checkpoint):
         was,now = state['vocab'],[str(o) for o in self.dls.vocab]
     except Exception as e:   # whatever a damaged file makes of the reader
         raise ValueError(f'{self.path} cannot be read ({type(e).__name__}): start again with force=True') from e
-    if was!=now: raise ValueError(f'the classes of the data have changed since {self.path} was written, from {was} to {now}: start again with force=True')
+    if was!=now:
+        raise ValueError(f'the classes of the data have changed since {self.path} was written, '
+                         f'from {was} to {now}: start again with force=True')
     return state
 
 @patch
@@ -202,7 +209,8 @@ def model(self:Run,
 ):                      # As from `load_model`
     "The trained network; `FileNotFoundError` if training isn't finished"
     path = self.folder/('model_ema.safetensors' if ema else 'model.safetensors')
-    if not path.exists() and self.unfinished: raise FileNotFoundError(f'{self.folder} is unfinished: train it to the end first')
+    if not path.exists() and self.unfinished:
+        raise FileNotFoundError(f'{self.folder} is unfinished: train it to the end first')
     if not path.exists(): raise FileNotFoundError(f'{path} does not exist')
     return load_model(path, vocab)
 
@@ -216,16 +224,22 @@ def find(cls:Run,
 )->Run:                 # Nothing is touched yet
     "The folder of a run; `FileExistsError` says what is in the way and what to do"
     out = Path(out or f'runs/{Path(config.data).resolve().name}-{config.method}-{config.seed}')
-    if os.path.lexists(out) and not out.is_dir(): raise FileExistsError(f'{out} is a file: choose another folder with out=')
+    if os.path.lexists(out) and not out.is_dir():
+        raise FileExistsError(f'{out} is a file: choose another folder with out=')
     there = _config_of(out)
-    if there is None and _others(out): raise FileExistsError(f'{out} holds files that are not a run: choose another folder with out=')
+    if there is None and _others(out):
+        raise FileExistsError(f'{out} holds files that are not a run: choose another folder with out=')
     if force: _check_replaceable(out)
     r = cls(out, config)
     if force or there is None or not (r.finished or r.unfinished): return r
     free = ('suite','n_eval') if r.unfinished and resume else ()
-    diff = [f'{k}={v!r} there, {getattr(config, k)!r} asked' for k,v in vars(there).items() if v!=getattr(config, k) and k not in free]
-    if diff: raise FileExistsError(f'{out} holds a different run ({"; ".join(diff)}): choose another folder with out=, or replace it with force=True')
-    if r.unfinished and not resume: raise FileExistsError(f'{out} holds an unfinished run: go on with resume=True, or start again with force=True')
+    other = {k: (v, getattr(config, k)) for k,v in vars(there).items() if v!=getattr(config, k) and k not in free}
+    diff  = [f'{k}={a!r} there, {b!r} asked' for k,(a,b) in other.items()]
+    if diff:
+        raise FileExistsError(f'{out} holds a different run ({"; ".join(diff)}): '
+                              f'choose another folder with out=, or replace it with force=True')
+    if r.unfinished and not resume:
+        raise FileExistsError(f'{out} holds an unfinished run: go on with resume=True, or start again with force=True')
     return r
 
 def _others(folder):
@@ -238,7 +252,8 @@ def _check_replaceable(out):
     here = [Path.cwd(), Path.home()]
     if out.is_symlink(): raise FileExistsError(f'{out} is a link: name the folder itself with out=')
     if any(p==out.resolve() or out.resolve() in p.parents for p in here):
-        raise FileExistsError(f'{out} is or holds the current folder or the home folder: nothing is deleted there, choose another folder with out=')
+        raise FileExistsError(f'{out} is or holds the current folder or the home folder: '
+                              f'nothing is deleted there, choose another folder with out=')
 
 @patch
 def _delete(self:Run):
@@ -268,7 +283,8 @@ def at_work(self:Run,
 @patch
 def tidy(self:Run):
     "Take away what only an unfinished run needs"
-    for f in ('checkpoint.pth', 'autoattack.pth', 'autoattack_ema.pth', *(f'{f}.tmp' for f in _FILES)): (self.folder/f).unlink(missing_ok=True)
+    for f in ('checkpoint.pth', 'autoattack.pth', 'autoattack_ema.pth', *(f'{f}.tmp' for f in _FILES)):
+        (self.folder/f).unlink(missing_ok=True)
 
 @patch
 def _give_up(self:Run, made):
@@ -296,7 +312,8 @@ def _locked(folder):
     try:
         try: fcntl and fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f'another process is at work in {folder}: wait for it, or choose another folder with out=') from None
+            raise FileExistsError(f'another process is at work in {folder}: '
+                                  f'wait for it, or choose another folder with out=') from None
         except OSError: pass   # a file system without locks
         yield
     finally: fcntl and os.close(fd)

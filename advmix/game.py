@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GameCallback', 'AdAutoMixCallback', 'AutoMixCallback']
 
-# %% ../nbs/42_game.ipynb #457f0fdd
+# %% ../nbs/42_game.ipynb #0248d0a9
 import inspect, math
 import matplotlib.pyplot as plt, numpy as np, torch
 from torch import nn
@@ -16,12 +16,13 @@ from fastai.torch_core import get_model as bare, num_distrib
 from .core import *
 from .models import *
 from .ema import *
+from .mix import *
 from .generator import *
 from .minmax import *
 from .loop import *
 from .average import *
 
-# %% ../nbs/42_game.ipynb #943a2b51
+# %% ../nbs/42_game.ipynb #189aee29
 class _Term(Metric):
     "Mean of one term of the game over the training batches of this epoch, None where there were none"
     def __init__(self, cb, term): self.cb,self.term = cb,term   # `cb` is the companion, with which the column leaves
@@ -32,7 +33,7 @@ class _Term(Metric):
     @property
     def name(self): return self.term
 
-# %% ../nbs/42_game.ipynb #e3a216dd
+# %% ../nbs/42_game.ipynb #5bca5a70
 class _Players(Companion):
     "Teacher and generator of the game of `cb`: they come and go with it"
     def __init__(self, cb): self.of = cb
@@ -61,7 +62,7 @@ class _Players(Companion):
                              'use the stage and settings it was trained with') from e
         cb.means = [{k:v for k,v in zip(means, row) if v==v} for row in zip(*means.values())]
 
-# %% ../nbs/42_game.ipynb #beca59f1
+# %% ../nbs/42_game.ipynb #c23ae879
 def _take(settings, names): return {k:settings.pop(k) for k in names if k in settings}
 
 class GameCallback(MixCallback):
@@ -71,9 +72,10 @@ class GameCallback(MixCallback):
     def __init__(self,
         generator:type,     # Class of the generator, e.g. `AdAutoMixGenerator`
         *,
-        gen_lr:float=1e-2,  # Highest learning rate of the generator (Adam); it follows the learner's schedule
+        gen_lr:float=None,  # Highest rate of the generator, which follows the learner's schedule; None: its optimiser's
         **settings          # Of the generator, of `MinMax`, of the teacher's `Average`, and of `MixCallback`
     ):
+        if gen_lr is not None: check_positive(gen_lr=gen_lr)
         self.for_generator = _take(settings, inspect.signature(generator).parameters)
         self.for_teacher   = _take(settings, inspect.signature(Average).parameters)
         super().__init__(self.play, **_take(settings, ('p','start','stop','c_clean','loss_mode')))
@@ -98,8 +100,8 @@ class GameCallback(MixCallback):
 
     def start_game(self, student, gen):
         "A `MinMax` with the settings of this callback"
-        opt,teacher = torch.optim.Adam(gen.parameters(), self.gen_lr),Average(student, **self.for_teacher)
-        return MinMax(student, gen, gen_opt=opt, teacher=teacher, loss_mode=self.loss_mode, **self.for_game)
+        teacher = Average(student, **self.for_teacher)
+        return MinMax(student, gen, teacher=teacher, loss_mode=self.loss_mode, **self.for_game)
 
     def build(self):
         "Make generator and teacher for the model as it is now; `ValueError` lists the stages if `stage` isn't one"
@@ -149,8 +151,9 @@ class GameCallback(MixCallback):
 
     def before_batch(self):
         "The generator's rate of this batch; then as ever"
-        rate = self.gen_lr*self.opt.hypers[-1]['lr']/max(self.peak, 1e-12)
-        for g in self.game.gen_opt.param_groups: g['lr'] = float(rate)
+        opt  = self.game.gen_opt
+        rate = (self.gen_lr or opt.defaults['lr'])*self.opt.hypers[-1]['lr']/max(self.peak, 1e-12)
+        for g in opt.param_groups: g['lr'] = float(rate)
         super().before_batch()
 
     def mixed_losses(self, pred, y):
@@ -188,15 +191,15 @@ class GameCallback(MixCallback):
             ax.legend(fontsize=8)
         return axs
 
-# %% ../nbs/42_game.ipynb #5feacf02
+# %% ../nbs/42_game.ipynb #ae74b942
 class AdAutoMixCallback(GameCallback):
     "AdAutoMix, ICLR 2024, arXiv 2312.11954: mixtures that are hard for the student and recognisable to its average"
     @delegates(MixCallback, but='mixer,all_inputs')
     @delegates(Average, keep=True, but='n_steps')
-    @delegates(MinMax, keep=True, but='opt,gen_opt,loss_func,teacher')
+    @delegates(MinMax, keep=True, but='opt,loss_func,teacher')
     @delegates(AdAutoMixGenerator, keep=True)
     def __init__(self, *,
-        gen_lr:float=1e-2,  # Highest learning rate of the generator (Adam); it follows the learner's schedule
+        gen_lr:float=None,  # Highest rate of the generator, which follows the learner's schedule; None: its optimiser's
         **kwargs            # Settings of `AdAutoMixGenerator`, `MinMax`, the teacher's `Average`, and `MixCallback`
     ): super().__init__(AdAutoMixGenerator, gen_lr=gen_lr, **kwargs)
 
@@ -204,9 +207,9 @@ class AutoMixCallback(GameCallback):
     "AutoMix, ECCV 2022, arXiv 2103.13027: a generator of masks for pairs, trained to help and not to fight"
     @delegates(MixCallback, but='mixer,all_inputs')
     @delegates(Average, keep=True, but='n_steps')
-    @delegates(MinMax, keep=True, but='opt,gen_opt,loss_func,teacher,objective,beta,c')
+    @delegates(MinMax, keep=True, but='opt,loss_func,teacher,objective,beta,c')
     @delegates(AutoMixGenerator, keep=True)
     def __init__(self, *,
-        gen_lr:float=1e-2,  # Highest learning rate of the generator (Adam); it follows the learner's schedule
+        gen_lr:float=None,  # Highest rate of the generator, which follows the learner's schedule; None: its optimiser's
         **kwargs            # Settings of `AutoMixGenerator`, `MinMax`, the teacher's `Average`, and `MixCallback`
-    ): super().__init__(AutoMixGenerator, gen_lr=gen_lr, objective='automix', **kwargs)
+    ): super().__init__(AutoMixGenerator, gen_lr=gen_lr, **dict(objective='automix')|kwargs)

@@ -18,6 +18,7 @@ from .attention import *
 class MaskGenerator(nn.Module):
     "A Mixer with parameters: masks from the features of a network; `ValueError` for impossible settings"
     blend = False   # masks follow the ratio, but are not the ratio: it can't be differentiated
+    rate  = .01     # of Adam, where nothing else is said
     def __init__(self,
         attention:nn.Module,    # Called as `attention(z, idx, lam)`, gives logit maps `(B,N,h,w)`
         *,
@@ -144,3 +145,4 @@ class AutoMixGenerator(MaskGenerator):
     ):
         super().__init__(PairAttention(c_in, lam_plane), n_mix=2, alpha=alpha, stage=stage, up=up,
                          per_sample=per_sample, lam_margin=lam_margin)
+        self.rate = 2/c_in   # a logit sums over the channels: more of them, smaller steps

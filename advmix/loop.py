@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCallback']
 
-# %% ../nbs/40_loop.ipynb #e059c20d
+# %% ../nbs/40_loop.ipynb #8b2c1376
 import inspect
 from contextlib import contextmanager, nullcontext
 from numbers import Real
@@ -27,7 +27,7 @@ from .attack import *
 from .aom import *
 from .iat import *
 
-# %% ../nbs/40_loop.ipynb #4b27852d
+# %% ../nbs/40_loop.ipynb #f7916461
 class _Pixels:
     "From what the `DataLoaders` give to pixels and back; nothing to do where they give pixels"
     def __init__(self, dls): self.stats,self.net,self.wrapped = pixel_stats(dls),None,None
@@ -47,22 +47,21 @@ class _Pixels:
         if self.net is not net: self.net,self.wrapped = net,on_pixels(net, *(self.stats or ()))
         return self.wrapped
 
-# %% ../nbs/40_loop.ipynb #e5bae0c8
+# %% ../nbs/40_loop.ipynb #57215583
 def _autocast(learn, x):
     "An autocast like the one `MixedPrecision` will open for this batch, or nothing"
     mp = getattr(learn, 'mixed_precision', None)
     if mp is None or x.device.type!='cuda': return nullcontext()   # as in fastai: on a CPU it stays off
     return torch.autocast('cuda', dtype=torch.bfloat16 if mp.amp_mode.value=='bf16' else torch.float16)
 
-# %% ../nbs/40_loop.ipynb #b2a1b83d
+# %% ../nbs/40_loop.ipynb #8f0699c8
 def _as_mixer(m):
     "`m` as something to call on a batch: a name and a list are looked up; `TypeError` for what isn't a mixer"
     if isinstance(m, str): return MIXES[m]()
     if isinstance(m, (list, tuple)):
         for o in m: _as_mixer(o[0] if isinstance(o, (list, tuple)) and o else o)
         return RandomMix(m)
-    if isinstance(m, Callback):
-        raise TypeError(f'{m!r} is a fastai callback: give it to the Learner, or take a mixer such as advmix.mix.MixUp()')
+    if isinstance(m, Callback): raise TypeError(f'mixer {m!r} is a fastai callback: take advmix.mix.MixUp()')
     if not callable(m) or isinstance(m, type):
         raise TypeError(f'mixer {m!r} cannot be called on a batch: '
                         'give an instance such as MixUp(), or a function (x, y, model) -> Mixed')
@@ -85,7 +84,7 @@ def _check_classes(x, y, model, loss_func):
     n = out.shape[1] if out.ndim==2 and out.shape[1]>1 else None   # one output: a loss such as BCE
     check_labels(y[y!=getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)], n, 'the targets')
 
-# %% ../nbs/40_loop.ipynb #3ab86685
+# %% ../nbs/40_loop.ipynb #d7aec9d4
 def _pixels_as_items(t): return t.movedim(1, -1).flatten(0, -2)[...,None,None]   # (B,C,H,W) -> (B*H*W,C,1,1)
 
 def _term_loss(m, loss_func, pred, y, mode):
@@ -104,7 +103,7 @@ def _term_loss(m, loss_func, pred, y, mode):
                          'use a cross-entropy, such as CrossEntropyLossFlat(axis=1)')
     return mixed_loss(loss_func, each, target, idx, share, mode)
 
-# %% ../nbs/40_loop.ipynb #6f6aa191
+# %% ../nbs/40_loop.ipynb #597d2aad
 @contextmanager
 def _unnoticed(dl):
     "Restore the generators of Python, NumPy, torch and the loader `dl`"
@@ -117,7 +116,7 @@ def _unnoticed(dl):
         if rng: dl.rng.setstate(rng)
         for g,s in own: g.set_state(s)
 
-# %% ../nbs/40_loop.ipynb #19323553
+# %% ../nbs/40_loop.ipynb #68706837
 class _Guard:
     "While a mixer waits inside the network, let it mix the loop's own pass and no other"
     def __init__(self, cb=None):
@@ -129,7 +128,7 @@ class _Guard:
         self.passes += 1
         if self.passes>1 or (num_distrib()<2 and inputs[0] is not self.cb.learn.xb[0]): self.cb.disarm()
 
-# %% ../nbs/40_loop.ipynb #55e6d916
+# %% ../nbs/40_loop.ipynb #159cacca
 class MixCallback(Callback):
     "Train on what `mixer` makes of each batch; `ValueError` if something else mixes too, or images are not in [0,1]"
     order,run_valid,checked = 5,False,False
@@ -191,12 +190,12 @@ class MixCallback(Callback):
         "`ValueError` if the model takes further inputs, unless they shall be mixed"
         if n>1 and not self.all_inputs:
             raise ValueError(f'the model takes {n} inputs, and mixing the images would leave the others unmixed: '
-                             'all_inputs=True mixes images of the same size by the same masks, nothing else can be mixed')
+                             'all_inputs=True mixes images of the same size by the same masks')
 
     def inputs(self, m)->tuple:
         "What the model sees of the mixture `m`: encoded images, and further inputs mixed by the same masks"
         x,*rest = self.clean
-        if rest and m.mask is None: raise ValueError(f'{self.mixer!r} gives no masks: it cannot mix {len(rest)+1} inputs alike')
+        if rest and m.mask is None: raise ValueError(f'{self.mixer!r} gives no masks, which further inputs need')
         return self.space.encode(m.x).to(x.dtype),*(compose(t, m.idx, m.mask) for t in rest)
 
     def before_batch(self):
@@ -257,7 +256,7 @@ class MixCallback(Callback):
     def after_cancel_batch(self): "Leave no hook behind"; self.disarm()
     def after_fit(self): "Leave no hook behind"; self.disarm()
 
-# %% ../nbs/40_loop.ipynb #aedc1133
+# %% ../nbs/40_loop.ipynb #d388732c
 @patch
 def show_mix(self:Learner,
     n:int=4,    # How many images
@@ -272,7 +271,7 @@ def show_mix(self:Learner,
     cb.disarm()
     return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
 
-# %% ../nbs/40_loop.ipynb #1a43170b
+# %% ../nbs/40_loop.ipynb #72cd49ab
 class MixedAccuracy(Metric):
     "Mean label weight of the predicted class; accuracy where nothing is mixed. For `Recorder(train_metrics=True)`"
     def reset(self): self.total,self.count = 0.,0
@@ -290,7 +289,7 @@ class MixedAccuracy(Metric):
     @property
     def name(self): return 'mixed_accuracy'
 
-# %% ../nbs/40_loop.ipynb #a3a797c4
+# %% ../nbs/40_loop.ipynb #1f86aae3
 def _shell(mixer, eps, settings):
     "`mixer(eps, ...)`, and the settings that are left for `MixCallback`"
     names = inspect.signature(MixCallback).parameters.keys()-inspect.signature(mixer).parameters.keys()

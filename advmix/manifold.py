@@ -25,12 +25,13 @@ def _find_layer(model, layer):
         module = layer
     else: module = find_stage(model, layer)[1]
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        raise ValueError(f'layer {layer!r} is a batch norm, which may be replaced by a synchronised one: use the block around it')
+        raise ValueError(f'layer {layer!r} is a batch norm, which may be replaced by a synchronised one: '
+                         'use the block around it')
     return module
 
 # %% ../nbs/13_manifold.ipynb #4e11e7e1
 class _OnePass:
-    "Hooks that mix at `layer` in one forward pass of `model`, or of a part of it that holds the layer, and in no other"
+    "Hooks that mix at `layer` in one forward pass of `model`, or of a part with the layer, and in no other"
     def __init__(self, model, layer, idx, w):
         self.idx,self.w = idx,w
         self.begun,self.over,self.fired = set(),False,False
@@ -48,7 +49,7 @@ class _OnePass:
         if self.over or module in self.begun or not torch.is_grad_enabled(): self.remove()
         self.begun.add(module)
 
-    def end(self, module, inputs, out): self.over = True   # PyTorch is going through the hooks now: they are removed later
+    def end(self, module, inputs, out): self.over = True   # not removed here, where PyTorch goes through them
 
 # %% ../nbs/13_manifold.ipynb #27dda894
 @patch
@@ -66,7 +67,7 @@ def mix(self:_OnePass, module, inputs, out):
 
 # %% ../nbs/13_manifold.ipynb #0542dd55
 class ManifoldMix:
-    "Mix the activations of one random layer in the next forward pass, arXiv 1806.05236; `ValueError` names a bad setting"
+    "Mix the activations of one layer in the next forward pass, arXiv 1806.05236; `ValueError` names a bad setting"
     blend,needs_model = False,True
     def __init__(self,
         alpha:float=2.,             # Ratios are drawn from Beta(alpha,alpha), one per batch
@@ -118,7 +119,7 @@ def armed(self:ManifoldMix,
     y:Tensor,           # Labels
     model:nn.Module,    # The network; run it once inside the block
 ):
-    "Arm `model` for the block and yield the `Mixed`; `RuntimeError` if the layer drawn was not run there, with gradients"
+    "Arm `model` for the block and yield the `Mixed`; `RuntimeError` if the layer was not run with gradients"
     mixed = self(x, y, model)   # the hooks live as long as this name
     try: yield mixed
     except BaseException:

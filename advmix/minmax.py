@@ -69,7 +69,7 @@ class MinMax:
         generator:MaskGenerator,    # Makes the mixtures
         *,
         opt=None,                   # The student's optimiser; only `step` needs it
-        gen_opt=None,               # The generator's, or a function that makes it; None: Adam, rate .01, 'automix' .03
+        gen_opt=None,               # The generator's, or a function that makes it; None: Adam at `generator.rate`
         loss_func=F.cross_entropy,  # Any classification loss
         objective:str='balanced',   # 'balanced' (Eq. 4, `c=beta`), 'printed' (Eq. 4), 'released', 'automix'
         linear_weight:float=None,   # Of linear mixtures, the rest for clean images; None: .5, pairs 0
@@ -85,7 +85,7 @@ class MinMax:
         for k,v,bad,remedy in _faults(self, c):
             if bad: raise ValueError(f'MinMax({k}={v!r}): {remedy}')
         self.c = c if c is not None else beta if objective=='balanced' else 1.
-        make = gen_opt or partial(torch.optim.Adam, lr=.03 if objective=='automix' else .01)
+        make = gen_opt or partial(torch.optim.Adam, lr=generator.rate)
         self.gen_opt = make(generator.parameters()) if callable(make) else make
         self.teacher = Average(student) if teacher is None else teacher
         self.batch = None
@@ -147,7 +147,7 @@ def mix(self:MinMax,
 def _own_mix(self:MinMax, x, z, probe):
     "The student's mixtures in the published codes; flat where the first ratio is near to 0 or 1"
     idx,lam = self.generator.draw(x, probe.idx.shape[1])
-    if self.objective=='released' and idx.shape[1]>2: lam = probe.lam   # published: one ratio for both, except for pairs
+    if self.objective=='released' and idx.shape[1]>2: lam = probe.lam   # published: one for both
     gen,first = self.generator,lam[:,:1,None,None]
     mask = gen.masks(z, idx, lam, x.shape[-2:])
     live = (first>gen.lam_margin) & (first<=1-gen.lam_margin)

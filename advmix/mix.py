@@ -29,7 +29,7 @@ def compose(
                          'needs (B,N,H,W)')
     mask = mask.to(x.dtype)   # not before, so that geometry is float32 also for images in half precision
     res  = (x if own else x[idx[:,0]])*mask[:,0,None]
-    for n in range(1, idx.shape[1]): res += x[idx[:,n]].mul_(mask[:,n,None])   # in place: memory costs more than sums
+    for n in range(1, idx.shape[1]): res += x[idx[:,n]].mul_(mask[:,n,None])   # in place: new memory is slow
     return res
 
 # %% ../nbs/10_mix.ipynb #80ebedaa
@@ -77,14 +77,15 @@ def as_terms(
     if isinstance(out, Mixed): return [(1., out)]
     def is_term(o): return isinstance(o, tuple) and len(o)==2 and isinstance(o[1], Mixed)
     if isinstance(out, (list,tuple)) and out and all(map(is_term, out)): return list(out)
-    raise TypeError(f'a mixer returned {type(out).__name__}: it must return a Mixed or a list of (weight, Mixed)')
+    raise TypeError(f'a mixer returned {type(out).__name__}: '
+                    'it must return a Mixed or a list of (weight, Mixed)')
 
 # %% ../nbs/10_mix.ipynb #01bc093e
 def with_loss(
     mixer,      # Any mixer
     loss,       # The loss one trains with
 ):              # A copy that climbs `loss`, or `mixer` itself if there is nothing to fill in
-    "Fill in a mixer's setting `loss=None`; a mixer that holds other mixers has a method `with_loss` and passes it on"
+    "Fill in a mixer's setting `loss=None`; one that holds other mixers passes it on by a method `with_loss`"
     if hasattr(mixer, 'with_loss'): return mixer.with_loss(loss)
     if getattr(mixer, 'loss', mixer) is not None: return mixer   # has none, or has its own
     bound = copy.copy(mixer)
@@ -96,10 +97,11 @@ def rand_lam(
     alpha:float,    # Concentration; 1 is uniform, smaller is nearer to unmixed
     n:int,          # How many draws
 )->Tensor:          # `(n,)` float32 in [0,1], on the CPU
-    "Draws from $\\mathrm{Beta}(\\alpha,\\alpha)$ by torch's CPU generator: one seed, one mixture, on every device"
+    "Draws from Beta(`alpha`,`alpha`) by torch's CPU generator: one seed, one mixture, on every device"
     if alpha>.01: return torch.distributions.Beta(*torch.full((2,), float(alpha))).sample((n,))
     a = torch.tensor(float(alpha), dtype=torch.float64)
-    g = torch.distributions.Gamma(a+1, torch.ones_like(a)).sample((n,2)).log() + torch.rand(n, 2, dtype=a.dtype).log()/a
+    g = torch.distributions.Gamma(a+1, torch.ones_like(a)).sample((n,2)).log()
+    g = g+torch.rand(n, 2, dtype=a.dtype).log()/a   # logarithms of Gamma(a) variables
     return torch.sigmoid(g[:,0]-g[:,1]).float()
 
 # %% ../nbs/10_mix.ipynb #a74d7422
@@ -116,7 +118,8 @@ def check_positive(
 ):
     "`ValueError` naming the first setting that is not a positive number"
     for k,v in settings.items():
-        if not (isinstance(v, Real) and 0<v<float('inf')): raise ValueError(f'{k}={v!r} must be a positive number')
+        good = isinstance(v, Real) and 0<v<float('inf')
+        if not good: raise ValueError(f'{k}={v!r} must be a positive number')
 
 # %% ../nbs/10_mix.ipynb #108337e7
 def _pair(lam, x):
@@ -149,7 +152,7 @@ def rand_box(
     w:int,              # Image width
     centre:Tensor=None, # Row and column of each centre, `(n,2)` int64; None: uniform over the pixels
 )->Tensor:              # `(n,4)` int64: top, bottom, left, right, clipped to the image; possibly empty
-    "Boxes of $\\sqrt{1-\\lambda}$ of each side, arXiv 1905.04899, Eq. 2; on the device of `centre`, else the CPU"
+    "Boxes of $\\sqrt{1-\\lambda}$ of each side, arXiv 1905.04899, Eq. 2; on the device of `centre`"
     size = torch.tensor([h,w])
     half = ((1-lam).sqrt()[:,None]*size).long()//2
     if centre is None: centre = (torch.rand(len(lam),2)*size).long()
@@ -165,9 +168,10 @@ def box_mask(
     device=None,    # Where to build the mask
 )->Tensor:          # `(n,h,w)` float32: 0 in the box, 1 outside
     "Masks from boxes by comparing coordinates: no loop, no device synchronisation"
-    t,b,l,r = box.to(device, non_blocking=True).T[:,:,None,None]
+    box = box.to(device, non_blocking=True)[:,:,None,None]
     i,j = torch.arange(h, device=device)[:,None],torch.arange(w, device=device)
-    return 1-((i>=t)&(i<b)&(j>=l)&(j<r)).float()
+    inside = (i>=box[:,0])&(i<box[:,1])&(j>=box[:,2])&(j<box[:,3])
+    return 1-inside.float()
 
 # %% ../nbs/10_mix.ipynb #5233f5e2
 def _paste(x, partner, t, b, l, r):
@@ -178,7 +182,7 @@ def _paste(x, partner, t, b, l, r):
 
 # %% ../nbs/10_mix.ipynb #e11cc5d0
 class CutMix:
-    "Paste a box of the partner, arXiv 1905.04899; the label follows the pixels. `ValueError` if `alpha` is not positive"
+    "Paste a box of the partner, arXiv 1905.04899; labels follow pixels. `ValueError` if `alpha` is not positive"
     blend = False   # a box has whole pixels: its area can't be differentiated
     def __init__(self,
         alpha:float=1.,         # Ratios are drawn from Beta(alpha,alpha)
@@ -186,17 +190,20 @@ class CutMix:
         correct_lam:bool=True,  # Label weight is the share after clipping; False: as drawn
     ):
         check_positive(alpha=alpha)
-        self.alpha,self.per_sample,self.correct_lam = alpha,per_sample,correct_lam
+        self.alpha,self.per_sample = alpha,per_sample
+        self.correct_lam = correct_lam
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
         "Mix images `x (B,C,H,W)`; labels and model are not looked at"
         with trusted(): check_images(x)
-        n,_,h,w = x.shape
+        n,(h,w) = len(x),x.shape[2:]
         lam  = rand_lam(self.alpha, n if self.per_sample else 1)
         box  = rand_box(lam, h, w)
         own  = box_mask(box, h, w, x.device)
         idx  = rand_pairs(x)
         mask = torch.stack([own, 1-own], 1).expand(n, -1, -1, -1)
-        out  = compose(x, idx, mask, own=True) if self.per_sample else _paste(x, idx[:,1], *box[0].tolist())
+        if self.per_sample: out = compose(x, idx, mask, own=True)
+        else: out = _paste(x, idx[:,1], *box[0].tolist())
         lam  = _pair(lam, x)
-        return Mixed(out, idx, _pair(own.mean((1,2)), x) if self.correct_lam else lam, mask, lam)
+        w    = _pair(own.mean((1,2)), x) if self.correct_lam else lam
+        return Mixed(out, idx, w, mask, lam)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PUBLISHED']
 
-# %% ../nbs/33_objectives.ipynb #4ac67468
+# %% ../nbs/33_objectives.ipynb #1943f710
 from functools import partial
 import torch
 from .minmax import *
 
-# %% ../nbs/33_objectives.ipynb #b720f8cc
+# %% ../nbs/33_objectives.ipynb #62614dfa
 _sgd = partial(torch.optim.SGD, lr=.1, momentum=.9, weight_decay=1e-4)
 PUBLISHED = dict(   # settings for `MinMax.for_model` and for the callbacks
     adautomix = dict(objective='released', n_mix=3, relu=True, lam_plane=False, lam_margin=.03, beta=.3,

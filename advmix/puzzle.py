@@ -17,7 +17,7 @@ from .zoo import *
 
 # %% ../nbs/14_puzzle.ipynb #2dc15bc3
 def _loss_gradient(model, x, y, loss=None):
-    "Gradient `(B,C,H,W)` of each image's loss (None: cross-entropy) at its pixels, in evaluation mode, without a trace"
+    "Gradient `(B,C,H,W)` of each image's loss (None: cross-entropy) at its pixels, without a trace"
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
     z = x.detach().to(dtype, copy=True).requires_grad_()   # in the type of the weights
     with torch.enable_grad(), untouched(model):
@@ -37,37 +37,36 @@ def _block_means(s, side):
 
 # %% ../nbs/14_puzzle.ipynb #5f82f628
 def _seams(a, b, k):
-    """Mean absolute colour difference across the edges between blocks of `k` pixels, `a` shown above or to the left, `b` below or
-    to the right: `(B,n-1,m)` across rows, `(B,n,m-1)` across columns"""
+    """Mean absolute colour difference across the edges between blocks of `k` pixels, if `a` is shown above or left,
+    `b` below or right: `(B,n-1,m)` across rows, `(B,n,m-1)` across columns"""
     down  = (a[:,:,k-1:-1:k]-b[:,:,k::k]).abs().mean(1).unflatten(2, (-1,k)).mean(3)
     right = (a[:,:,:,k-1:-1:k]-b[:,:,:,k::k]).abs().mean(1).unflatten(1, (-1,k)).mean(2)
     return down,right
 
 # %% ../nbs/14_puzzle.ipynb #967bc1f0
 def _ends(t, e):
-    "All but the last and all but the first, along rows (`e` 0) or columns (1): the two ends of every edge. Views"
+    "Both ends of every edge between rows (`e` 0) or columns (1): all but the last, all but the first. Views"
     n = t.shape[e-2]-1
     return t.narrow(e-2, 0, n),t.narrow(e-2, 1, n)
 
 # %% ../nbs/14_puzzle.ipynb #b896d5c3
 def _terms(x, partner, s, lam, eta=.2, beta=1.2, gamma=.5):
-    """The terms of the energy, arXiv 2009.06962, Eq. 4, of images in [0,1] with saliency `s (B,n,m)` and prior `lam`: prices of 0, ½
-    and 1 in each block `(B,3,n,m)`, of edges between rows `(B,n-1,m)` and between columns `(B,n,m-1)`"""
+    """Prices of 0, ½ and 1 in each block `(B,3,n,m)`, of edges between rows `(B,n-1,m)` and columns `(B,n,m-1)`,
+    arXiv 2009.06962, Eq. 4: from images in [0,1], the saliency of their blocks `s (B,n,m)` and a prior `lam`"""
     n,m  = s.shape[1:]
     k    = x.shape[-2]//n
     cell = max(c for c in (1,2,3,4) if k%c==0)
-    own  = F.avg_pool2d(x.float(), cell)
-    oth  = own[partner]
+    ims  = F.avg_pool2d(x.float(), cell)
+    ims  = ims[partner],ims   # 0 the partner's, 1 own
     b    = beta/(16*(n*m)**.5)
-    c11,c10,c01,c00 = ([b*gamma*t for t in _seams(p, q, k//cell)] for p in (own,oth) for q in (own,oth))
+    c    = {(i,j): [b*gamma*t for t in _seams(ims[i], ims[j], k//cell)] for i in (0,1) for j in (0,1)}
     one,zero,v = s[partner],s.clone(),[]
     for e in (0,1):   # edges between rows, then between columns
-        (one1,one2),(zero1,zero2) = _ends(one, e),_ends(zero, e)
-        one1  += (c11[e]+c10[e])/2
-        zero1 += (c01[e]+c00[e])/2
-        one2  += (c11[e]+c01[e])/2
-        zero2 += (c10[e]+c00[e])/2
-        v.append((c10[e]+c01[e]-c11[e]-c00[e])/2+b)
+        for first,price in enumerate((zero, one)):
+            at,after = _ends(price, e)
+            at    += (c[first,1][e]+c[first,0][e])/2
+            after += (c[1,first][e]+c[0,first][e])/2
+        v.append((c[1,0][e]+c[0,1][e]-c[1,1][e]-c[0,0][e])/2+b)
     a  = min(max(lam, 1e-4), 1-1e-4)
     pr = [-eta/(n*m)*math.log(p) for p in ((1-a)**2, 2*a*(1-a), a**2)]
     return torch.stack([zero+pr[0], (zero+one)/2+pr[1], one+pr[2]], 1),*v
@@ -91,7 +90,7 @@ def _boards(n, m, device):
     return [(half.to(device),near[:,half].to(device)) for half in (torch.arange(n*m)[odd==k] for k in (0,1))]
 
 def _edges(vr, vc):
-    "Price of the edges of each block, up, down, left, right: `(4,n*m,B)`, blocks first, so that a neighbour is a row of memory"
+    "Price of each block's edges, up, down, left, right: `(4,n*m,B)`, so that a neighbour is a row of memory"
     w = torch.stack([F.pad(vr,(0,0,1,0)), F.pad(vr,(0,0,0,1)), F.pad(vc,(1,0)), F.pad(vc,(0,1))])
     return w.flatten(2).transpose(1,2).contiguous()
 
@@ -114,8 +113,9 @@ def _relax(u, vr, vc, sweeps=20):
 def _settle(z, u, vr, vc, sweeps=6):
     "Let each block of `z (...,B,n,m)` take its best of 0, ½ and 1 given its neighbours; never raises the energy"
     W = _edges(vr, vc)[:,:,None]
+    V = W.sum(0)
     u = u.flatten(2).permute(1,2,0)[:,:,None]
-    u,v   = (u[1]-u[0]+W.sum(0)/4, u[2]-u[0]+W.sum(0))   # price of ½ and 1 next to neighbours at 0, that of 0 subtracted
+    u,v   = u[1]-u[0]+V/4,u[2]-u[0]+V   # what ½ and 1 cost more than 0, if all neighbours are 0
     flat  = z.reshape(-1, len(vr), W.shape[1]).permute(2,0,1).contiguous()
     parts = [(half, near, W[:,half], u[half], v[half]) for half,near in _boards(*z.shape[-2:], z.device)]
     for _ in range(sweeps):
@@ -127,7 +127,7 @@ def _settle(z, u, vr, vc, sweeps=6):
     return flat.permute(1,2,0).reshape(z.shape)
 
 def _solve(u, vr, vc):
-    "A choice `(B,n,m)` of 0, ½ and 1 whose energy is within about 1 % of the least; on the device, all images at once"
+    "A choice `(B,n,m)` of 0, ½ and 1 whose energy is within about 1 % of the least; all images at once"
     z,alone = _relax(u, vr, vc),(u.argmin(1)/2).to(u)
     starts  = [((z>c).float()+(z>1-c).float())/2 for c in (.15,.25,.35,.45)]
     starts  = torch.stack([*starts, alone, torch.zeros_like(z), torch.ones_like(z)])
@@ -139,19 +139,20 @@ def _solve(u, vr, vc):
 @lru_cache(maxsize=32)
 def _distances(n, m, device):
     "Squared distances between the blocks of an `(n,m)` board, in units of its longer side, `(n*m,n*m)`"
-    at = torch.cartesian_prod(torch.arange(n, dtype=torch.float32), torch.arange(m, dtype=torch.float32)).view(n*m, 2)
+    at = torch.cartesian_prod(torch.arange(n), torch.arange(m)).view(n*m, 2).float()
     return (torch.cdist(at, at, compute_mode='donot_use_mm_for_euclid_dist')**2/max(n-1, m-1, 1)**2).to(device)
 
 # %% ../nbs/14_puzzle.ipynb #e716c6be
 def _transport(s, z, factor=.8):
-    """Which block each place shows, `(B,n*m)`, arXiv 2009.06962, Algorithm 1: from the saliency of each block and the image's
-    share of each place, both `(B,n,m)`"""
+    """Which block each place shows, `(B,n*m)`, arXiv 2009.06962, Algorithm 1: from the saliency of each block and the
+    image's share of each place, both `(B,n,m)`"""
     n,m  = s.shape[1:]
     step = 1+2**20//(n*m)**2   # so many tables stay in a processor's cache
     if not s.is_cuda and step<len(s):
         return torch.cat([_transport(*part, factor) for part in zip(s.split(step), z.split(step))])
     shown = (z.flatten(1)[:,None]>0).to(s)
-    cost  = torch.addcmul(factor*_distances(n, m, s.device), s.flatten(1)[:,:,None], shown, value=-1)   # (B, block, place)
+    cost  = factor*_distances(n, m, s.device)
+    cost  = torch.addcmul(cost, s.flatten(1)[:,:,None], shown, value=-1)   # (B, block, place)
     cost  = cost.view(-1, m)
     least = cost.min(1).values.view(-1, n)
     block = torch.arange(n*m, device=s.device).expand(len(s), -1)
@@ -172,20 +173,20 @@ def _transport(s, z, factor=.8):
 
 def _move(x, source, side):
     "Images `x (B,C,H,W)` with their blocks rearranged: each place shows block `source (B,n*m)`"
-    b,c,h,w = x.shape
-    t = x.view(b, c, h//side, side, w//side, side).permute(0,2,4,1,3,5).flatten(1,2)
-    t = t[torch.arange(b, device=x.device)[:,None], source]
-    return t.unflatten(1, (h//side, w//side)).permute(0,3,1,4,2,5).reshape(b, c, h, w)
+    n,m = (k//side for k in x.shape[2:])
+    t = x.unflatten(3, (m,side)).unflatten(2, (n,side)).permute(0,2,4,1,3,5).flatten(1,2)   # (B, block, C, side, side)
+    t = t[torch.arange(len(x), device=x.device)[:,None], source]
+    return t.unflatten(1, (n,m)).permute(0,3,1,4,2,5).reshape(x.shape)
 
 # %% ../nbs/14_puzzle.ipynb #404a2cea
 class PuzzleMix:
-    "Blocks that keep salient parts and fit together, arXiv 2009.06962; `ValueError` if there is nothing to look with"
+    "Blocks that keep salient parts and fit together, arXiv 2009.06962; `ValueError` without a network"
     blend,needs_model = False,True
     def __init__(self,
         alpha:float=1.,         # Prior ratios are drawn from Beta(alpha,alpha), one per batch
-        blocks:tuple=(2,4,8,16),# Blocks a side (the shorter), one drawn per batch; those under two pixels are left out
+        blocks:tuple=(2,4,8,16),# Blocks along the shorter side, one drawn per batch; at least two pixels each
         transport:bool=True,    # Slide salient blocks to where they are shown
-        t_size:int=None,        # Side in pixels of blocks that slide, where it divides a block; None: whole blocks
+        t_size:int=None,        # Side in pixels of what slides, where it divides a block; None: whole blocks
         adv_p:float=0.,         # Probability to attack the own, and the partner, images
         eps:float=10/255,       # Size of that attack, in pixel units
         saliency=None,          # `saliency(x) -> (B,H,W)`; None: gradient of the loss, by the model in training
@@ -195,7 +196,7 @@ class PuzzleMix:
         if t_size is not None: check_positive(t_size=t_size)
         if not 0<=adv_p<=1: raise ValueError(f'adv_p={adv_p} is outside [0,1]: it is a probability')
         if adv_p and saliency:
-            raise ValueError('adv_p needs the gradient that the default saliency computes: leave out saliency, or adv_p')
+            raise ValueError('adv_p needs the gradient of the default saliency: leave out saliency, or adv_p')
         self.alpha,self.blocks           = alpha,blocks
         self.transport,self.t_size       = transport,t_size
         self.adv_p,self.eps              = adv_p,eps
@@ -211,8 +212,9 @@ def _look(self:PuzzleMix, x, y, model, attack):
         if s.shape==(len(x), *x.shape[-2:]): return s.detach().float(),0
         raise ValueError(f'saliency(x) gave {tuple(s.shape)} for images {tuple(x.shape)}: it must give (B,H,W)')
     if model is None:
-        raise ValueError('PuzzleMix looks through a model: call mixer(x, y, model), or give PuzzleMix(saliency=...)')
-    if y is None: raise ValueError('y is None: PuzzleMix takes the gradient of the loss, so pass labels, or saliency=...')
+        raise ValueError('PuzzleMix looks through a model: call mixer(x, y, model), '
+                         'or give PuzzleMix(saliency=...)')
+    if y is None: raise ValueError('y is None: PuzzleMix takes the gradient of the loss, so pass labels')
     start = ((x+(2*torch.rand(x.shape)-1).to(x)*self.eps).clamp(0,1)-x) if attack else 0
     g     = _loss_gradient(model, x+start, y, self.loss)
     s     = g.float().pow(2).mean(1).sqrt()
@@ -223,7 +225,7 @@ def _look(self:PuzzleMix, x, y, model, attack):
 # %% ../nbs/14_puzzle.ipynb #27e3f289
 @patch
 def _slide(self:PuzzleMix, x, s, z, side):
-    "Images with salient blocks moved to where they are shown, given saliency `s (B,H,W)` and share `z (B,n,m)` of each block"
+    "Images with salient blocks moved to where they are shown, by saliency `s (B,H,W)` and shares `z (B,n,m)`"
     t = self.t_size if self.t_size and side%self.t_size==0 else side
     z = z.repeat_interleave(side//t, 1).repeat_interleave(side//t, 2)
     return _move(x, _transport(_block_means(s, t), z), t)
@@ -246,8 +248,10 @@ def __call__(self:PuzzleMix, x:Tensor, y:Tensor=None, model=None)->Mixed:
     if not (self.transport or any(attack)): return m
     a,b = (_pad_to((x+noise).clamp(0,1), side) if att else xp for att in attack)
     a,b = a,b[p]
-    if self.transport: a,b = self._slide(torch.cat([a,b]), torch.cat([s,s[p]]), torch.cat([z,1-z]), side).chunk(2)
+    if self.transport:
+        a,b = self._slide(torch.cat([a,b]), torch.cat([s,s[p]]), torch.cat([z,1-z]), side).chunk(2)
     own = own[:,None].to(x)
     out = own*a[...,:h,:w]+(1-own)*b[...,:h,:w]
-    if x.is_contiguous(memory_format=torch.channels_last): out = out.contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last
+    if x.is_contiguous(memory_format=form): out = out.contiguous(memory_format=form)
     return Mixed(out, idx, m.w, None, m.lam)

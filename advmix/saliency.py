@@ -13,13 +13,13 @@ from .models import *
 from .mix import *
 from .zoo import *
 
-# %% ../nbs/12_saliency.ipynb #76702d33
+# %% ../nbs/12_saliency.ipynb #83cdb851
 def _unit(t):
     "Maps `t (B,H,W)` over their maximum, if there is more than one grey level in them"
     return t/t.amax((1,2), keepdim=True).clamp_min(1/255)
 
 def _centre_surround(centre, grey):
-    "How much `centre` is brighter or darker than the mean of `grey` around it, at six scales: on- plus off-response"
+    "How much `centre` is brighter (on) or darker (off) than the mean of `grey` around it, at six scales"
     h,w   = grey.shape[-2:]
     i,j   = (torch.arange(s, device=grey.device) for s in (h,w))
     total = F.pad(grey, (1,0,1,0)).cumsum(1).cumsum(2)
@@ -33,7 +33,7 @@ def _centre_surround(centre, grey):
         on,off = on+(centre-mean).clamp_min(0),off+(mean-centre).clamp_min(0)
     return _unit(_unit(on)+_unit(off))
 
-# %% ../nbs/12_saliency.ipynb #f868b0c8
+# %% ../nbs/12_saliency.ipynb #61912d6a
 def _grey(x):
     "`x (B,C,H,W)` in grey, `(B,H,W)` float32, blurred twice with weights 1, 2, 1"
     x = x.detach().float()
@@ -48,7 +48,7 @@ def _grey(x):
 def fine_grained(
     x:Tensor,   # Images in [0,1], `(B,C,H,W)`, any number of channels
 )->Tensor:      # `(B,H,W)` float32 in [0,1]
-    "Fine-grained saliency: how much a pixel differs from its surroundings, at six scales, as OpenCV measures it"
+    "Fine-grained saliency: how much a pixel differs from its surroundings, as OpenCV measures it"
     g = _grey(x)
     g = g-g.mean((1,2), keepdim=True)   # small sums lose fewer digits
     return _centre_surround(g, g)
@@ -63,7 +63,7 @@ def _checked_map(s, x, name):
 
 # %% ../nbs/12_saliency.ipynb #fb4de3f9
 class SaliencyMix:
-    "Paste a box around the partner's most salient point, arXiv 2006.01791; `ValueError` if `alpha` is not positive"
+    "Paste a box around the partner's most salient point, arXiv 2006.01791; `ValueError` if a setting is wrong"
     blend = False
     def __init__(self,
         alpha:float=1.,         # Ratios are drawn from Beta(alpha,alpha)
@@ -71,7 +71,8 @@ class SaliencyMix:
         saliency=None,          # `saliency(x) -> (B,H,W)`; None: `fine_grained`
     ):
         check_positive(alpha=alpha)
-        self.alpha,self.per_sample,self.saliency = alpha,per_sample,saliency or fine_grained
+        self.alpha,self.per_sample = alpha,per_sample
+        self.saliency = saliency or fine_grained
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
         "Mix images `x (B,C,H,W)`; labels and model are not looked at"
@@ -79,19 +80,20 @@ class SaliencyMix:
         idx  = rand_pairs(x)
         lam  = rand_lam(self.alpha, len(x) if self.per_sample else 1)
         seen = x[idx[:,1]] if self.per_sample else x[idx[:1,1]]
-        peak = _checked_map(self.saliency(seen), seen, 'saliency').flatten(1).argmax(1)   # the first, if several
+        s    = _checked_map(self.saliency(seen), seen, 'saliency')
+        peak = s.flatten(1).argmax(1)   # the first, if several
         box  = rand_box(lam, h, w, torch.stack([peak//w, peak%w], 1))
         return from_mask(x, box_mask(box, h, w, x.device), lam, idx)
 
 # %% ../nbs/12_saliency.ipynb #ce15a6f9
 def _for(model, x, size=None):
-    "`x` in the type of the model's weights, for a model in half precision or images in it; enlarged if there is a `size`"
+    "`x` in the type of the model's weights (one of them may be in half precision), enlarged to `size`"
     x = x.detach().to(next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype))
     return F.interpolate(x, (size,size), mode='bilinear') if size else x
 
 def _no_model(who, arg):
-    return ValueError(f'{who} looks through a model: call mixer(x, y, model), or give {who}({arg}=...); these need none: '
-                      'mixup, cutmix, resizemix, fmix, gridmix, gridmixup, smoothmix, saliencymix')
+    return ValueError(f'{who} looks through a model: call mixer(x, y, model), or give {who}({arg}=...); '
+                      'these need none: mixup, cutmix, resizemix, fmix, gridmix, gridmixup, smoothmix, saliencymix')
 
 # %% ../nbs/12_saliency.ipynb #03148bce
 def _stage_map(model, x, size=None):
@@ -100,17 +102,17 @@ def _stage_map(model, x, size=None):
 
 # %% ../nbs/12_saliency.ipynb #ea1fd67f
 class AttentiveMix:
-    "Keep the cells a classifier attends to most, arXiv 2003.13048; `ValueError` if there is nothing to look with"
+    "Keep the cells a classifier attends to most, arXiv 2003.13048; `ValueError` without a network"
     blend,needs_model = False,True
     def __init__(self,
         k:int=6,            # Cells kept of `grid*grid`
         alpha:float=None,   # Instead draw the share of cells from Beta(alpha,alpha), for each batch
-        attention=None,     # A frozen network, or a function `x -> (B,h,w)`, any size; None: the model in training
+        attention=None,     # A frozen network, or a function `x -> (B,h,w)`; None: the model in training
         grid:int=7,         # Cells a side; fewer if they would be smaller than two pixels
         size:int=None,      # Side to enlarge the images to for the network, e.g. 224 if trained on ImageNet
     ):
         check_positive(k=k, grid=grid, **({} if alpha is None else dict(alpha=alpha)))
-        if k>grid**2: raise ValueError(f'k={k} is more than the {grid**2} cells there are: use at most grid*grid')
+        if k>grid**2: raise ValueError(f'k={k} is more than the {grid**2} cells there are: at most grid*grid')
         self.k,self.alpha,self.grid = k,alpha,grid
         self.attention,self.size    = attention,size
         self.needs_model = attention is None
@@ -124,17 +126,17 @@ class AttentiveMix:
         share = self.k/self.grid**2 if self.alpha is None else rand_lam(self.alpha, 1).item()
         keep  = max(1, min(round(share*g*g), g*g))
         cells = F.adaptive_avg_pool2d(seen.float()[:,None], g).flatten(1)
-        best  = cells.argsort(dim=1, descending=True, stable=True)[:,:keep]   # stable: ties agree on every device
+        best  = cells.argsort(dim=1, descending=True, stable=True)[:,:keep]   # stable: the same on every device
         return from_mask(x, torch.zeros_like(cells).scatter(1, best, 1.).view(n, g, g))
 
 # %% ../nbs/12_saliency.ipynb #d2d43f76
 def _headless(model):
-    return ValueError(f'SnapMix needs a linear layer on globally averaged features at the end, and {type(model).__name__} '
-                      'has none (a fastai head has it with concat_pool=False, lin_ftrs=[], first_bn=False): '
-                      'give SnapMix(cam=...), or use another mix, such as cutmix or saliencymix')
+    return ValueError('SnapMix needs a linear layer on globally averaged features at the end, and '
+                      f'{type(model).__name__} has none (a fastai head has it with concat_pool=False, lin_ftrs=[], '
+                      'first_bn=False): give SnapMix(cam=...), or use another mix, such as cutmix or saliencymix')
 
 def _last_map(model, x):
-    "From one forward pass: the last map with as many channels as the last linear layer has inputs, what that was given, its weights"
+    "From one pass: the last map with as many channels as the last linear layer has inputs; its input; its weights"
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not heads: raise _headless(model)
     head,got = heads[-1],{}
@@ -150,11 +152,12 @@ def _last_map(model, x):
 
 # %% ../nbs/12_saliency.ipynb #d17c16c7
 def _class_map(model, x, y, size=None):
-    "Class activation map `(B,h,w)`, from a forward pass that leaves no trace; `ValueError` if the network has none"
+    "Class activation map `(B,h,w)`, from a pass that leaves no trace; `ValueError` if the network has none"
     with torch.no_grad(), untouched(model): f,p,weight = _last_map(model, _for(model, x, size))
     if f is None or p is None or p.ndim!=2: raise _headless(model)
     f,p = f.float(),p.float()
-    if not trusted.now() and (f.mean((2,3))-p).abs().max()>.02*p.abs().max(): raise _headless(model)   # .02: half precision
+    gap = (f.mean((2,3))-p).abs().max()/p.abs().max()
+    if not trusted.now() and gap>.02: raise _headless(model)   # .02: half precision
     return torch.einsum('bchw,bc->bhw', f.relu(), weight.float()[y])
 
 # %% ../nbs/12_saliency.ipynb #fdd04321
@@ -167,14 +170,14 @@ def _shares_of(cam, h, w):
 
 # %% ../nbs/12_saliency.ipynb #ca31cd79
 def _snap(x, partner, s, box1, box2):
-    """Resize box 2 of the partner into box 1, and weigh both labels by their evidence, Eq. 3 and 4: images, weights `(B,2)`;
-    `s (B,H,W)` sums to 1, boxes are (top, bottom, left, right), not empty"""
-    (t,b,l,r),(t2,b2,l2,r2) = box1,box2
+    """Images and label weights `(B,2)`: box 2 of the partner resized into box 1, both labels weighed by their evidence
+    `s (B,H,W)`, Eq. 3 and 4; boxes are (top, bottom, left, right), not empty"""
+    rows,cols = slice(*box1[:2]),slice(*box1[2:])
+    part = (partner, ..., slice(*box2[:2]), slice(*box2[2:]))
+    hole = (box1[1]-box1[0], box1[3]-box1[2])
     out  = x.clone()
-    part = x[:,:,t2:b2,l2:r2][partner].float()
-    out[:,:,t:b,l:r] = F.interpolate(part, (b-t,r-l), mode='bilinear', align_corners=True).to(x.dtype)
-    covered,shown = s[:,t:b,l:r].sum((1,2)),s[partner,t2:b2,l2:r2].sum((1,2))
-    return out,torch.stack([1-covered, shown], 1).clamp(0,1)
+    out[...,rows,cols] = F.interpolate(x[part].float(), hole, mode='bilinear', align_corners=True).to(x.dtype)
+    return out,torch.stack([1-s[:,rows,cols].sum((1,2)), s[part].sum((1,2))], 1).clamp(0,1)
 
 # %% ../nbs/12_saliency.ipynb #9ddda12f
 class SnapMix:
@@ -182,7 +185,7 @@ class SnapMix:
     blend,needs_model = False,True
     def __init__(self,
         beta:float=5.,          # Both ratios are drawn from Beta(beta,beta)
-        cam=None,               # A frozen network, or a function `(x, y) -> (B,h,w)`; None: the model in training
+        cam=None,               # A frozen network, or a function `(x, y) -> (B,h,w)`; None: the model itself
         released:bool=False,    # Count pairs of one class double, as the published code does
         size:int=None,          # Side to enlarge the images to for the network, e.g. 224 if trained on ImageNet
     ):
@@ -196,7 +199,8 @@ class SnapMix:
         look = model if self.cam is None else self.cam
         if look is None: raise _no_model('SnapMix', 'cam')
         with trusted(): check_images(x)
-        h,w,y = *x.shape[-2:],check_labels(y)
+        check_labels(y)
+        h,w   = x.shape[-2:]
         lam   = rand_lam(self.beta, 2)
         boxes = rand_box(lam, h, w).tolist()   # on the CPU: no waiting for the device
         idx   = rand_pairs(x)

@@ -23,17 +23,18 @@ def _enlarge(cells, h, w):
     i,j = (torch.arange(s, device=cells.device)*k//s for s,k in ((h,n),(w,m)))
     return cells[...,i[:,None],j]
 
-# %% ../nbs/11_zoo.ipynb #39c38abd
+# %% ../nbs/11_zoo.ipynb #68dbf8a8
 def from_mask(
     x:Tensor,           # Images, `(B,C,H,W)`
     own:Tensor,         # Own share of each pixel or cell, float32, `(B,n,m)`, or `(1,n,m)` for the whole batch
     lam:Tensor=None,    # Own ratio as drawn, `(B,)` or `(1,)`; None: as measured
     idx:Tensor=None,    # Each image and its partner, `(B,2)`, as `rand_pairs` gives them; None: random pairs
 )->Mixed:               # Label weights are the mean of the mask, in float32
-    "Own pixels where `own` is 1, the partner's where it is 0, and labels that follow; `ValueError` if `own` does not fit"
+    "Own pixels where `own` is 1, the partner's where it is 0; labels follow. `ValueError` if `own` does not fit"
     n,(h,w) = len(x),x.shape[-2:]
     if own.ndim!=3 or own.shape[1]>h or own.shape[2]>w:
-        raise ValueError(f'mask {tuple(own.shape)} for images {tuple(x.shape)}: needs (B,n,m), at most one value per pixel')
+        raise ValueError(f'mask {tuple(own.shape)} for images {tuple(x.shape)}: '
+                         'needs (B,n,m), at most one value per pixel')
     if idx is None: idx = rand_pairs(x)
     own  = _enlarge(own.to(x.device, non_blocking=True), h, w)
     mask = torch.stack([own, 1-own], 1)
@@ -51,7 +52,7 @@ def _check_range(lo, hi, **settings):
 
 # %% ../nbs/11_zoo.ipynb #3b348331
 def _paste_small(x, partner, size, place):
-    "Each image with its partner, shrunk to `size` by taking the nearest pixels, at `place (B,2)`, where it fits"
+    "Each image with its partner, shrunk to `size` by taking the nearest pixels, at `place (B,2)`"
     h,w = x.shape[-2:]
     i,j = (torch.arange(k, device=x.device) for k in size)
     small = x[:,:,i*h//size[0]][...,j*w//size[1]][partner]
@@ -73,7 +74,7 @@ class ResizeMix:
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
         "Mix images `x (B,C,H,W)`; labels and model are not looked at"
         with trusted(): check_images(x)
-        n,_,h,w = x.shape
+        n,(h,w) = len(x),x.shape[2:]
         tau    = torch.empty(1).uniform_(*self.scale)
         ph,pw  = (max(1, int(s*tau)) for s in (h,w))
         centre = (torch.rand(n,2)*torch.tensor([h,w])).long()
@@ -114,7 +115,8 @@ class FMix:
     ):
         check_positive(alpha=alpha, decay=decay)
         _check_range(0, .5, max_soft=(0, max_soft))
-        self.alpha,self.decay,self.max_soft,self.released = alpha,decay,max_soft,released
+        self.alpha,self.decay = alpha,decay
+        self.max_soft,self.released = max_soft,released
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
         "Mix images `x (B,C,H,W)`; labels and model are not looked at"
@@ -171,7 +173,8 @@ class GridMixup:
             if isinstance(v, (tuple,list)): _check_range(0, hi, **{k:v})
             else: check_positive(**{k:v})
         if nx is not None: check_positive(nx=nx)
-        self.alpha,self.nx,self.area,self.aspect = alpha,nx,area,aspect
+        self.alpha,self.nx = alpha,nx
+        self.area,self.aspect = area,aspect
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None)->Mixed:
         "Mix images `x (B,C,H,W)`; labels and model are not looked at"
@@ -182,7 +185,7 @@ class GridMixup:
 
 # %% ../nbs/11_zoo.ipynb #f4175952
 class SmoothMix:
-    "The own image in a Gaussian spot, the partner around it; `ValueError` if `sigma` is not a range of positive numbers"
+    "The own image in a Gaussian spot, the partner around it; `ValueError` if `sigma` is no range above 0"
     blend = False
     def __init__(self,
         sigma:tuple=(.25,.5),   # Range of the spot's width, uniform, in units of the shorter side
@@ -209,13 +212,12 @@ class _Mixes(UserDict):
         return getattr(import_module(module), cls)
 
     def make(self, mixer):
-        "A mixer from a mixer, its name, or a list for `RandomMix`; `TypeError` or `ValueError` says what to write instead"
+        "A mixer from a mixer, its name, or a list for `RandomMix`; an error says what to write instead"
         return RandomMix(mixer) if isinstance(mixer, (tuple,list)) else _as_mixer(mixer)
 
-MIXES = _Mixes(
-    mixup=MixUp, cutmix=CutMix, resizemix=ResizeMix, fmix=FMix, gridmix=GridMix, gridmixup=GridMixup, smoothmix=SmoothMix,
-    saliencymix='advmix.saliency:SaliencyMix', attentivemix='advmix.saliency:AttentiveMix', snapmix='advmix.saliency:SnapMix',
-    puzzlemix='advmix.puzzle:PuzzleMix', manifold='advmix.manifold:ManifoldMix',
+MIXES = _Mixes(mixup=MixUp, cutmix=CutMix, resizemix=ResizeMix, fmix=FMix, gridmix=GridMix, gridmixup=GridMixup,
+    smoothmix=SmoothMix, saliencymix='advmix.saliency:SaliencyMix', attentivemix='advmix.saliency:AttentiveMix',
+    snapmix='advmix.saliency:SnapMix', puzzlemix='advmix.puzzle:PuzzleMix', manifold='advmix.manifold:ManifoldMix',
     pgd='advmix.attack:PGD', iat='advmix.iat:IAT', aom='advmix.aom:AOM')
 
 # %% ../nbs/11_zoo.ipynb #7450fe42
@@ -227,22 +229,22 @@ def _as_mixer(m):
         raise TypeError(f'{cls.__name__} is a callback, not a mixer: give it to the Learner itself, '
                         'or use a mixer such as advmix.mix.MixUp()')
     if cls is m: raise TypeError(f'{cls.__name__} is a class: give an instance, {cls.__name__}()')
-    if isinstance(m, Real): raise TypeError(f"{m} is a weight, not a mixer: write pairs in a list, [('cutmix', {m}), ...]")
     if callable(m): return m
+    if isinstance(m, Real): raise TypeError(f"{m} is no mixer: write pairs in a list, [('cutmix', {m}), ...]")
     raise TypeError(f'{m!r} is no mixer: give a name in MIXES, an instance such as MixUp(), '
                     'or a function (x, y, model) -> Mixed')
 
-# %% ../nbs/11_zoo.ipynb #f6047d90
+# %% ../nbs/11_zoo.ipynb #4f84cd3b
 class RandomMix:
-    "One of several mixers for each batch; `ValueError` or `TypeError` says what is wrong with the list or with `p`"
+    "One of several mixers for each batch; `ValueError` or `TypeError` says what is wrong with the list or `p`"
     def __init__(self,
         mixes,          # List of mixers or their names in `MIXES`, each alone or as `(mixer, weight)`
         p:float=1.,     # Share of batches that are mixed at all
     ):
         if not isinstance(mixes, (tuple,list)) or not mixes:
-            raise ValueError(f'mixes={mixes!r} must be a list of mixers or names of {", ".join(MIXES)}; it is empty or none')
+            raise ValueError(f'mixes={mixes!r} must be a list of mixers or names of {", ".join(MIXES)}')
         if not isinstance(p, Real) or not 0<=p<=1:
-            raise ValueError(f"p={p!r} is no probability in [0,1]; weights go into pairs, [('cutmix', 3), ('mixup', 1)]")
+            raise ValueError(f"p={p!r} is no probability in [0,1]; weights go into pairs, [('cutmix', 3), ...]")
         pairs = [m if isinstance(m, (tuple,list)) else (m,1.) for m in mixes]
         for m in pairs:
             if len(m)!=2: raise ValueError(f'{m!r} must be a pair (mixer, weight)')
@@ -253,7 +255,7 @@ class RandomMix:
         self.needs_model = any(getattr(m, 'needs_model', False) for m in self.mixers)
 
     def __call__(self, x:Tensor, y:Tensor=None, model=None):
-        "What the mixer drawn makes of images `x (B,C,H,W)`: a `Mixed`, or a list of terms; it gets labels and model as well"
+        "What the mixer drawn makes of images `x (B,C,H,W)`, labels and model: a `Mixed` or a list of terms"
         if self.p<1 and torch.rand(())>=self.p: return Mixed.unmixed(x)
         return self.mixers[torch.multinomial(self.weights, 1).item()](x, y, model)
 

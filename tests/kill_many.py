@@ -8,7 +8,9 @@ import argparse, json, multiprocessing, os, random, signal, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+paths = [str(Path(__file__).resolve().parents[i]) for i in (0,1)]
+sys.path[:0] = paths
+os.environ['PYTHONPATH'] = os.pathsep.join([*paths, os.environ.get('PYTHONPATH', '')])   # the process that forks reads only this
 import torch
 from advmix import experiment as E
 from advmix.config import Config
@@ -93,11 +95,13 @@ def wait(p):
 def contents(folder):
     "All that must be equal: weights to the last bit, history and report without the clock, and which files there are"
     report = json.loads((folder/'report.json').read_text())
-    drop   = lambda o: {k: drop(v) for k,v in o.items() if k!='seconds'} if isinstance(o, dict) else [drop(v) for v in o] if isinstance(o, list) else o
+    drop   = lambda o: {k: drop(v) for k,v in o.items() if k!='seconds'} if isinstance(o, dict) else [drop(v) for v in o] if isinstance(o,
+        list) else o
     hist   = [l.rsplit(',', 1)[0] for l in (folder/'history.csv').read_text().splitlines()]
     assert (folder/'history.csv').read_text().split('\n')[0].endswith(',time')
     nets   = {p.name: {k: v.numpy().tobytes() for k,v in load_file(p).items()} for p in folder.glob('*.safetensors')}
-    return dict(report=drop(report), history=hist, nets=nets, files=sorted(p.name for p in folder.iterdir()), config=(folder/'config.json').read_text())
+    return dict(report=drop(report), history=hist, nets=nets, files=sorted(p.name for p in folder.iterdir()),
+        config=(folder/'config.json').read_text())
 
 def differences(a, b): return [k for k in a if a[k]!=b[k]]
 
@@ -146,7 +150,8 @@ def main():
             case = Case(m, tmp)
             res  = [case.at_random(rng, 1+i%2) for i in range(a.random)]
             bad += sum(bool(d) for _,d in res)
-            print(f'{m:20} {case.seconds:7.1f} {sum(k for k,_ in res):6} {sum(not d for _,d in res):3}/{len(res)}', *[d for _,d in res if d], flush=True)
+            print(f'{m:20} {case.seconds:7.1f} {sum(k for k,_ in res):6} {sum(not d for _,d in res):3}/{len(res)}',
+                *[d for _,d in res if d], flush=True)
         for m in filter(None, a.moments.split(',')):
             case = Case(m, tmp, suite='clean,autoattack', epochs=2)
             print(f'\n{m}: {len(case.moments)} moments of writing, AutoAttack included\n{"moment":60} died equal')

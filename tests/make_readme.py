@@ -20,7 +20,7 @@ def render(nb):
     parts,pics = [],{}
     for i,c in enumerate(nb.cells):
         src,flags = c.source.strip(),re.findall(r'^#\| *(.+)$', c.source, re.M)
-        if c.cell_type=='markdown': parts.append(src.replace('](images/', '](nbs/images/'))
+        if c.cell_type=='markdown': parts.append(re.sub(r'\]\((?=images/|[\w/]+\.ipynb)', '](nbs/', src))
         if c.cell_type!='code' or 'hide' in flags: continue
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
         shell = src.startswith('!')

@@ -516,6 +516,9 @@ def test_a_generator_whose_weights_learn_is_attacked_at_fixed_weights():
         m.loss(F.cross_entropy, f(m.x), y).backward()
         assert g.a.grad.abs()>0
         g.a.grad = None
+    Weights.blend = True
+    m = run(f, x, y, mixer=g, ratio='kl', **BIG)   # a ratio that was found by climbing is a constant
+    assert not m.w.requires_grad and not m.lam.requires_grad and not m.x.requires_grad
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_half_precision_images_are_attacked_in_float32(dtype, monkeypatch):

@@ -235,6 +235,14 @@ def test_the_batch_does_not_matter():
     t = Threat(eps=.1, random_start=False)
     assert torch.equal(pgd(m, x, y, t), torch.cat([pgd(m, x[i:i+1], y[i:i+1], t) for i in range(8)]))
 
+def test_the_loss_is_summed_so_that_gradients_do_not_shrink_with_the_batch(monkeypatch):
+    from advmix import attack
+    (x,y),m = batch(),net()
+    seen = []
+    monkeypatch.setattr(attack, 'input_grad', lambda loss, z: [seen.append(loss.item()), torch.autograd.grad(loss, z)[0]][1])
+    pgd(m, x, y, Threat(steps=1, random_start=False))
+    assert abs(seen[0]-F.cross_entropy(m(x), y, reduction='sum').item())<1e-4
+
 # --- no trace ---
 
 class Boom(nn.Module):

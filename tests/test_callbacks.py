@@ -1,10 +1,11 @@
 "What users import, and what holds for every callback alike"
 import copy
 import pytest, torch
-from fastai.vision.all import ShortEpochCallback, load_learner
+from fastai.vision.all import Callback, ShortEpochCallback, load_learner
 import advmix.callbacks
 from advmix.data import digits_dls
 from learners import *
+from sync import Watch, _Methods
 
 @pytest.fixture(scope='module')
 def dls(): return tensors()
@@ -31,3 +32,33 @@ def test_a_copied_learner_trains_on_its_own(dls, cb):
     w,other = weights(learn),copy.deepcopy(learn)
     quiet(other)
     assert torch.equal(w, weights(learn)) and not torch.equal(w, weights(other))
+
+class Watched(Callback):
+    "Who reads a value of the batch, the networks, or what is computed from them, between a batch's beginning and its last step"
+    order,run_valid = -9,False
+    def __init__(self, skip=1): self.skip,self.seen = skip,[]
+    def before_batch(self):
+        self.modes = []
+        if self.train_iter<self.skip: return
+        game = next((c.game for c in self.learn.cbs if hasattr(c, 'play')), None)
+        beside = [game.generator, game.teacher] if game else [getattr(c, 'average') for c in self.learn.cbs if isinstance(c, EMACallback)]
+        self.watch = Watch(self.xb, self.yb, self.learn.model, beside)
+        self.modes = [_Methods(self.watch), self.watch]
+        for m in self.modes: m.__enter__()
+    def after_batch(self):
+        for m in self.modes[::-1]: m.__exit__(None, None, None)
+        if self.modes: self.seen += self.watch.seen
+
+@pytest.mark.parametrize('cb', CBS)
+def test_no_value_is_read_after_the_first_batch_of_a_fit(dls, cb):
+    "On a GPU each would wait for the device; the message names who does it"
+    learn = learner(dls, CBS[cb](), Watched())
+    quiet(learn, 2)
+    assert not learn.watched.seen, '\n'.join(sorted(set(learn.watched.seen)))
+    again = learner(normalised(tensors()), CBS[cb](), Watched())
+    quiet(again, 2)
+    assert not again.watched.seen, '\n'.join(sorted(set(again.watched.seen)))
+
+def test_the_first_batch_is_read_so_the_watch_works(dls):
+    learn = quiet(learner(dls, CBS['mixup'](), Watched(0)))
+    assert any('core.py' in s for s in learn.watched.seen)

@@ -1,14 +1,16 @@
 "The commands as a shell sees them: what they print, where, and how they exit"
-import json, os, subprocess, sys
+import json, os, pickle, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
 root = Path(__file__).resolve().parents[1]
 
+def code(cmd): return f'import sys; from advmix.cli import {cmd}; sys.argv[0]="advmix_{cmd}"; {cmd}()'
+env = os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg')
+
 def sh(cmd, *args, cwd, **kw):
-    code = f'import sys; from advmix.cli import {cmd}; sys.argv[0]="advmix_{cmd}"; {cmd}()'
-    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg'), **kw)
+    return subprocess.run([sys.executable, '-c', code(cmd), *map(str, args)], cwd=cwd, capture_output=True, text=True, env=env, **kw)
 
 small = ['--epochs', 1, '--steps', 1, '--n-eval', 16, '--suite', 'clean,fgsm,pgd20', '--bs', 256]
 
@@ -21,7 +23,7 @@ def home(tmp_path_factory):
     assert 'pgd20' in r.stdout and 'runs/digits-aom-0/report.json' in r.stdout
     return p
 
-@pytest.mark.parametrize('cmd', ['train','evaluate','compare','bench'])
+@pytest.mark.parametrize('cmd', ['train','evaluate','compare'])
 def test_help_explains_every_argument(cmd, tmp_path):
     r = sh(cmd, '--help', cwd=tmp_path)
     assert r.returncode==0 and 'usage' in r.stdout
@@ -29,13 +31,26 @@ def test_help_explains_every_argument(cmd, tmp_path):
         for a in 'method data arch epochs bs lr eps steps seed ema out device amp resume force'.split(): assert f'--{a}' in r.stdout
         assert 'in pixel units' in ' '.join(r.stdout.split())   # argparse wraps at the width of the terminal
 
-def test_asking_again_opens_the_run(home):
-    assert sh('train', *small, cwd=home).returncode==0
-    r = sh('train', *small, '--lr', .001, cwd=home)
-    assert r.returncode==2 and 'different run' in r.stderr and 'force' in r.stderr
+def test_help_comes_at_once():
+    "Nothing heavy is imported before it is needed"
+    r = subprocess.run([sys.executable, '-c',
+        f'import sys\ntry: {code("train")[12:]}\nfinally: assert not {{"torch","fastai","pandas","matplotlib"}}&sys.modules.keys()',
+            '--help'],
+                       capture_output=True, text=True, env=env)
+    assert r.returncode==0 and not r.stderr, r.stderr
 
-@pytest.mark.parametrize('args,says', [(['--method','best'], 'choose one of vanilla'), (['--data','mnist'], 'digits, cifar10, cifar100'), (['--eps','0'], '(0,1]'), (['--eps','2'], '(0,1]'),
-                                       (['--arch','lenet'], 'resnet18')])
+def test_nothing_is_said_above_our_output(home):
+    r = sh('train', *small, cwd=home)
+    assert r.returncode==0 and r.stderr=='' and r.stdout.startswith('aom on digits')   # a finished run is opened
+    assert 'Warning' not in sh('evaluate', 'runs/none', cwd=home).stderr
+
+def test_a_different_run_is_not_overwritten(home):
+    r = sh('train', *small, '--lr', .001, cwd=home)
+    assert r.returncode==2 and 'different run' in r.stderr and '--force' in r.stderr and '--lr 0.01 there' in r.stderr
+
+@pytest.mark.parametrize('args,says', [(['--method','best'], 'choose one of vanilla'), (['--eps','2','--arch','lenet','--data','mnist'],
+    'resnet18'),
+                                       (['--epochs','half'], 'invalid int value')])
 def test_mistakes_get_one_sentence(args, says, tmp_path):
     r = sh('train', *args, cwd=tmp_path)
     assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr and len(r.stderr.strip().splitlines())==1
@@ -61,15 +76,18 @@ def test_a_folder_of_images_trains_and_is_judged(tmp_path):
     assert json.loads((tmp_path/'runs/d-mixup-0/report.json').read_text())['config']['data']=='d'
 
 def test_evaluate_a_run_and_fail_under(home):
-    ok = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail-under', 'clean=0', '--out', 'e.json', cwd=home)
+    ok = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail-under', 'clean=0', '--out', 'e.json',
+        cwd=home)
     assert ok.returncode==0, ok.stderr
     a,b = (json.loads((home/p).read_text())['rows'] for p in ('e.json','runs/digits-aom-0/report.json'))
     assert [(o['name'],o['accuracy']) for o in a]==[(o['name'],o['accuracy']) for o in b]
     low = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail_under', 'pgd20=1.1', cwd=home)
     assert low.returncode==1 and 'under 1.1' in low.stderr
 
-@pytest.mark.parametrize('args,says', [(['runs/none'], 'does not exist'), (['runs'], 'not a run folder'), (['runs/digits-aom-0','--eps','9'], '(0,1]'), (['runs/digits-aom-0/model.safetensors'], '--data'),
-                                       (['runs/digits-aom-0','--suite','clean,fgsm,pgd20','--n_eval','16','--fail-under','robust=.4'], 'was not measured')])
+@pytest.mark.parametrize('args,says', [(['runs/none'], 'does not exist'), (['runs'], 'not a run folder'),
+    (['runs/digits-aom-0','--eps','9'], '(0,1]'), (['runs/digits-aom-0/model.safetensors'], '--data'),
+                                       (['runs/digits-aom-0','--suite','clean,fgsm,pgd20','--n_eval','16','--fail-under','robust=.4'],
+                                           'was not measured')])
 def test_evaluate_mistakes(args, says, home):
     r = sh('evaluate', *args, cwd=home)
     assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr
@@ -80,22 +98,44 @@ def test_compare_prints_a_table(tmp_path):
     assert '±' in r.stdout and (tmp_path/'runs/compare/compare.png').exists()
     assert sh('compare', '--methods', 'vanilla,best', cwd=tmp_path).returncode==2
 
-def test_ctrl_c_says_how_to_resume(tmp_path):
-    import signal, time
-    code = 'import sys; from advmix.cli import train; sys.argv[0]="advmix_train"; train()'
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, '--epochs', '200', '--steps', '1', '--n_eval', '16', '--suite', 'clean,fgsm,pgd20'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                         text=True, env=os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg'))
-    for _ in range(600):
-        if (tmp_path/'runs/digits-aom-0/checkpoint.pth').exists(): break
-        time.sleep(.1)
-    p.send_signal(signal.SIGINT)
-    _,err = p.communicate(timeout=60)
-    assert p.returncode==130 and '--resume' in err and 'Traceback' not in err
-    assert (tmp_path/'runs/digits-aom-0/history.csv').exists()
+def test_list_and_collect(tmp_path):
+    r = sh('compare', '--methods', 'vanilla,pgd:steps=2', '--list', *small, cwd=tmp_path)
+    lines = r.stdout.splitlines()
+    assert r.returncode==0 and len(lines)==2 and lines[1].startswith('advmix_train --method pgd') and not any(tmp_path.iterdir())
+    for l in lines: assert sh('train', *l.split()[1:], cwd=tmp_path).returncode==0
+    r = sh('compare', '--collect', 'runs/compare', cwd=tmp_path)
+    assert r.returncode==0 and 'vanilla' in r.stdout and 'pgd:steps=2' in r.stdout and (tmp_path/'runs/compare/compare.json').exists()
 
-def test_bench_prints_ratios(tmp_path):
-    r = sh('bench', '--methods', 'pgd,aom', '--arch', 'convnet', '--size', 8, '--bs', 4, '--steps', 1, '--rounds', 1, cwd=tmp_path)
-    assert r.returncode==0 and 'vs_floor' in r.stdout and 'MiB' in r.stdout and 'PGD steps' in r.stdout, r.stderr
+def test_a_diverged_run_is_no_result(tmp_path):
+    r = sh('train', '--method', 'vanilla', '--lr', 1e4, *small, cwd=tmp_path)
+    assert r.returncode==2 and 'diverged' in r.stderr and '--lr' in r.stderr and not (tmp_path/'runs').exists()
+
+def test_ctrl_c_says_how_to_resume(tmp_path):
+    "The run itself says when: it interrupts itself at a batch of the second epoch, as the terminal would"
+    stop = """
+import os, signal
+from fastai.callback.core import Callback
+from advmix import methods
+class Stop(Callback):
+    run_valid = False
+    def after_batch(self):
+        if (self.epoch,self.iter)==(1,1): os.kill(os.getpid(), signal.SIGINT)
+methods.METHODS['vanilla'] = lambda c: [Stop()]
+"""
+    args = ['--method', 'vanilla', '--epochs', '3', '--n_eval', '16', '--suite', 'clean']
+    run  = lambda before, *more: subprocess.run([sys.executable, '-c', before+code('train'), *args, *more], cwd=tmp_path,
+        capture_output=True, text=True, env=env)
+    r = run(stop)
+    assert r.returncode==130 and r.stderr.strip().endswith('interrupted: go on from the last epoch with --resume') and 'Traceback' not in r.stderr
+    assert (tmp_path/'runs/digits-vanilla-0/history.csv').read_text().count('\n')==2
+    assert run('').returncode==2 and run('', '--resume').returncode==0
+
+def test_a_pickle_needs_trust(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'pwned'),)
+    (tmp_path/'m.pkl').write_bytes(pickle.dumps(Evil()))
+    r = sh('evaluate', 'm.pkl', '--data', 'digits', cwd=tmp_path)
+    assert r.returncode==2 and '--trust-pickle' in r.stderr and 'code' in r.stderr and not (tmp_path/'pwned').exists()
 
 def test_evaluate_a_pkl_and_a_weights_file(tmp_path):
     "What a user of fastai has at hand, with Normalize in the loaders; and bare weights with --arch"
@@ -110,7 +150,7 @@ def test_evaluate_a_pkl_and_a_weights_file(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
     learn.export('m.pkl')
     want = learn.validate(ds_idx=2)[1]
-    r = sh('evaluate', 'm.pkl', '--data', 'digits', '--suite', 'clean,fgsm', '--out', 'p.json', cwd=tmp_path)
+    r = sh('evaluate', 'm.pkl', '--data', 'digits', '--suite', 'clean,fgsm', '--out', 'p.json', '--trust-pickle', cwd=tmp_path)
     assert r.returncode==0, r.stderr
     rows = {o['name']: o['accuracy'] for o in json.loads((tmp_path/'p.json').read_text())['rows']}
     assert abs(rows['clean']-want)<1e-6 and rows['fgsm']<rows['clean']

@@ -11,7 +11,7 @@ small = dict(arch='convnet', size=8, bs=4, rounds=1)
 
 def test_floors_are_counted():
     "A step is three passes; K attack steps add 2K of them, half of the batch once more for IAT; the first layer has no input gradient"
-    t = time_steps(['mixup','cutmix','pgd:steps=1','pgd:steps=5','aom','mix_pgd'], arch='resnet18', size=8, bs=4, rounds=1, steps=2)
+    t = time_steps(['mixup','cutmix','pgd:steps=1','pgd:steps=5','aom','mix_pgd'], arch='convnet', size=16, bs=4, rounds=1, steps=2)
     floor = t.floor.to_dict()
     assert floor['vanilla']==floor['mixup']==floor['cutmix']==1
     per_step = (floor['pgd:steps=5']-floor['pgd:steps=1'])/4

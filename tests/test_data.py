@@ -166,6 +166,11 @@ def test_items_with_a_vocabulary(tmp_path):
     with pytest.raises(ValueError, match=r"classes \['red'\] are not among those the training images have"):
         item_dls(files[:12], files[12:15], files[15:])
 
+def test_too_few_items(tmp_path):
+    files = write(tmp_path, n=1, names=('a','b'))
+    with pytest.raises(ValueError, match='2 training images are too few: what is held out leaves none'): item_dls(files)
+    assert len(item_dls(files, files, files).train_ds)==2
+
 def test_unreadable_files_are_named_together(tmp_path, monkeypatch):
     files = write(tmp_path)
     whole = files[3][0].read_bytes()

@@ -37,7 +37,8 @@ def test_the_game_is_its_parts(part):
     assert not disagree(part, C.AutoMixCallback, but=['alpha','lam_margin','up','n_mix'] if part is AdAutoMixGenerator else ['objective'])
     assert not disagree(AutoMixGenerator, C.AutoMixCallback)
 
-@pytest.mark.parametrize('method,cls', [('aom',AOM), ('adautomix',MinMax), ('adautomix',AdAutoMixGenerator), ('adautomix',C.AdAutoMixCallback)])
+@pytest.mark.parametrize('method,cls', [('aom',AOM), ('adautomix',MinMax), ('adautomix',AdAutoMixGenerator),
+    ('adautomix',C.AdAutoMixCallback)])
 def test_config_has_the_class_defaults(method, cls):
     here,there = vars(Config(method)),defaults(cls)
     for k in ('where','ratio','label','objective','beta','c','n_mix','alpha'):

@@ -75,10 +75,14 @@ def test_nothing_is_overwritten(tmp_path):
     assert Run(tmp_path/'r').config.seed==1
 
 @pytest.mark.parametrize('bad,says', [
-    (dict(method='best'), 'vanilla'), (dict(data='mnist'), 'cifar10'), (dict(arch='resnet9'), 'resnet18'), (dict(eps=0.), r'\(0,1\]'), (dict(eps=1.5), r'\(0,1\]'),
-    (dict(epochs=0), 'positive'), (dict(epochs=.5), 'whole number'), (dict(epochs='3'), 'whole number'), (dict(bs=float('inf')), 'whole number'), (dict(n_mix='x'), 'whole number'),
-    (dict(bs=True), 'whole number'), (dict(lr=float('nan')), 'finite'), (dict(eps=10**400), 'finite'), (dict(ema=1), 'True or False'), (dict(seed=-1), '4294967295'),
-    (dict(n_mix=100), 'images than a batch'), (dict(where='here'), 'endpoints'), (dict(amp='fp8'), 'bf16'), (dict(suite='all'), 'standard')])
+    (dict(method='best'), 'vanilla'), (dict(data='mnist'), 'cifar10'), (dict(arch='resnet9'), 'resnet18'), (dict(eps=0.), r'\(0,1\]'),
+        (dict(eps=1.5), r'\(0,1\]'),
+    (dict(epochs=0), 'positive'), (dict(epochs=.5), 'whole number'), (dict(epochs='3'), 'whole number'), (dict(bs=float('inf')),
+        'whole number'), (dict(n_mix='x'), 'whole number'),
+    (dict(bs=True), 'whole number'), (dict(lr=float('nan')), 'finite'), (dict(eps=10**400), 'finite'), (dict(ema=1), 'True or False'),
+        (dict(seed=-1), '4294967295'),
+    (dict(n_mix=100), 'images than a batch'), (dict(where='here'), 'endpoints'), (dict(amp='fp8'), 'bf16'), (dict(suite='all'),
+        'standard')])
 def test_bad_settings_are_named(bad, says):
     with pytest.raises(ValueError, match=says) as e: Config(**bad)
     assert repr(next(iter(bad.values()))) in str(e.value)
@@ -93,7 +97,8 @@ def test_a_diverging_run_says_so_and_leaves_nothing(loss, tmp_path, monkeypatch)
         def after_loss(self):
             if self.epoch==1: self.learn.loss = torch.tensor(loss)
     monkeypatch.setitem(METHODS, 'vanilla', lambda c: [Burst()])
-    with pytest.raises(ValueError, match='^the training diverged.*lower the learning rate'): run(Config('vanilla', **small), tmp_path/'runs/r', progress=False)
+    with pytest.raises(ValueError, match='^the training diverged.*lower the learning rate'): run(Config('vanilla', **small),
+        tmp_path/'runs/r', progress=False)
     assert not (tmp_path/'runs').exists()
 
 def failing(monkeypatch, at, e):
@@ -123,7 +128,8 @@ def test_the_judgement_can_be_corrected_without_training_again(tmp_path, monkeyp
         m.setattr(E, '_judge', lambda *a: (_ for _ in ()).throw(ValueError('AutoAttack needs four classes')))
         with pytest.raises(ValueError, match='four classes'): run(Config('vanilla', **small), tmp_path/'r', progress=False)
     stamp = (tmp_path/'r/checkpoint.pth').stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match='different run'): run(Config('vanilla', **small|dict(lr=.1)), tmp_path/'r', resume=True, progress=False)
+    with pytest.raises(FileExistsError, match='different run'): run(Config('vanilla', **small|dict(lr=.1)), tmp_path/'r', resume=True,
+        progress=False)
     assert (tmp_path/'r/checkpoint.pth').stat().st_mtime_ns==stamp
     r = run(Config('vanilla', **small|dict(suite='clean')), tmp_path/'r', resume=True, progress=False)
     assert Run(r.folder).config.suite=='clean' and [o['name'] for o in r.report.rows]==['clean']
@@ -228,7 +234,8 @@ def test_compare_averages_over_seeds_and_continues(tmp_path):
 
 def test_a_sweep_says_what_failed_and_finishes_the_rest(tmp_path):
     kw = small|dict(epochs=1)
-    with pytest.raises(ValueError, match='vanilla,lr=1e6-0 failed: the training diverged'): compare_runs(['vanilla:lr=1e6','vanilla'], 1, tmp_path, progress=False, **kw)
+    with pytest.raises(ValueError, match='vanilla,lr=1e6-0 failed: the training diverged'): compare_runs(['vanilla:lr=1e6','vanilla'], 1,
+        tmp_path, progress=False, **kw)
     assert {p.name for p in tmp_path.iterdir()}=={'vanilla-0','compare.json','compare.png'}
     (tmp_path/'other').mkdir()
     (tmp_path/'other/config.json').write_text('{}')
@@ -246,7 +253,8 @@ def test_runs_at_a_time_are_equal_to_one_after_the_other(tmp_path, capfd):
 
 def test_specs():
     assert Config.from_spec('aom:ratio=ce:steps=3:ema=1', eps=.1)==Config('aom', ratio='ce', steps=3, ema=True, eps=.1)
-    for spec,says in {'aom:rate=1': 'not a setting', 'aom:seed=1': 'not a setting', 'aom:steps=': 'whole number', 'aom:ema=maybe': '1 or 0', 'best': 'choose one of'}.items():
+    for spec,says in {'aom:rate=1': 'not a setting', 'aom:seed=1': 'not a setting', 'aom:steps=': 'whole number',
+        'aom:ema=maybe': '1 or 0', 'best': 'choose one of'}.items():
         with pytest.raises(ValueError, match=says): Config.from_spec(spec)
     assert [*Config.sweep(['vanilla', 'pgd:steps=2', ' vanilla'], 2)]==['vanilla-0','vanilla-1','pgd,steps=2-0','pgd,steps=2-1']
     assert [*Config.sweep(['pgd:data=../../tmp'])]==['pgd,data=..,..,tmp-0']   # one folder, here
@@ -255,7 +263,8 @@ def test_the_command_of_a_config_makes_the_same_config(monkeypatch):
     from advmix import cli
     seen = []
     monkeypatch.setattr(E, 'run', lambda c, *a: seen.append(c) or (_ for _ in ()).throw(ValueError('enough')))
-    for c in (Config('aom', ratio='kl', eps=.1, ema=True, n_eval=7), Config('adautomix', 'cifar10', c=.25, step=.003, suite='clean,fgsm', seed=5), Config('vanilla', lr=1/3, alpha=.3)):
+    for c in (Config('aom', ratio='kl', eps=.1, ema=True, n_eval=7), Config('adautomix', 'cifar10', c=.25, step=.003, suite='clean,fgsm',
+        seed=5), Config('vanilla', lr=1/3, alpha=.3)):
         monkeypatch.setattr('sys.argv', c.command().split())
         with pytest.raises(SystemExit): cli.train()
         assert seen[-1]==c

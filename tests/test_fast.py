@@ -44,7 +44,7 @@ def test_it_is_fgsm_and_pgd_with_ten_steps():
         assert list(got[:2])==want and t.steps==10
 
 def test_nothing_is_disturbed():
-    f = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(.5), nn.Flatten(), nn.Linear(16,3)).train()
+    f = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(.5), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16,3)).train()
     f[0].eval()
     x,y = torch.rand(8,1,4,4),torch.randint(3, (8,))
     f(x).sum().backward()

@@ -51,7 +51,7 @@ def test_saved_loaded_and_plain_files(dls, cb, tmp_path):
     learn = quiet(learner(dls, CBS[cb](), path=tmp_path), 2)
     learn.save('g')
     new = learner(dls, CBS[cb](), path=tmp_path, seed=1).load('g')
-    for a,b in zip((game(learn).generator, game(learn).teacher), (game(new).generator, game(new).teacher)): assert torch.equal(flat(a), flat(b))
+    for part in ('generator', 'teacher'): assert torch.equal(*(flat(getattr(game(l), part)) for l in (learn, new)))
     means = (next(c for c in l.cbs if isinstance(c, GameCallback)).means for l in (learn, new))
     assert game(new).k==game(learn).k and all(abs(a[k]-b[k])<1e-5 for a,b in zip(*means) for k in a)
     plain = learner(dls, path=tmp_path)
@@ -71,9 +71,10 @@ def test_lr_find_rolls_the_game_back(dls, tmp_path):
     for _ in range(2): lr_find(learn)
     assert torch.equal(keep[0], flat(game(learn).generator)) and torch.equal(keep[1], flat(game(learn).teacher)) and keep[2]==game(learn).k
 
-@pytest.mark.parametrize('kw,says', [(dict(linear_weight=2), r'outside \[0,1\]'), (dict(beta=-.1), r'outside \[0,1\]'), (dict(objective='paper'), 'balanced'),
-                                     (dict(n_mix=1), 'two images'), (dict(gen_every=0), 'gen_every'), (dict(alpha=0), 'alpha'), (dict(decay=2), 'decay'),
-                                     (dict(objective='released', c=.5), 'c'), (dict(p=3), r'outside \[0,1\]')])
+WRONG = [(dict(linear_weight=2), r'outside \[0,1\]'), (dict(beta=-.1), r'outside \[0,1\]'), (dict(objective='paper'), 'balanced'),
+         (dict(n_mix=1), 'two images'), (dict(gen_every=0), 'gen_every'), (dict(alpha=0), 'alpha'), (dict(decay=2), 'decay'),
+         (dict(objective='released', c=.5), 'c'), (dict(p=3), r'outside \[0,1\]')]
+@pytest.mark.parametrize('kw,says', WRONG)
 def test_wrong_settings_fail_in_the_constructor(kw, says):
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=says): AdAutoMixCallback(**kw)
@@ -85,7 +86,8 @@ class Never(Callback):
     order = 4
     def before_train(self): raise AssertionError('training began')
 
-@pytest.mark.parametrize('kw,says', [(dict(stage=9), 'stage 9 not found.*stage1'), (dict(stage='conv7'), "'conv7' not found"), (dict(n_mix=17), 'more than the 16 images')])
+@pytest.mark.parametrize('kw,says', [(dict(stage=9), 'stage 9 not found.*stage1'), (dict(stage='conv7'), "'conv7' not found"),
+                                     (dict(n_mix=17), 'more than the 16 images')])
 def test_what_does_not_fit_the_model_fails_before_training(dls, kw, says):
     with pytest.raises(ValueError, match=says): quiet(learner(dls, AdAutoMixCallback(**kw), Never()))
 
@@ -102,15 +104,17 @@ def test_defaults_are_those_of_the_parts(cb, gen):
     assert all(v.kind==v.KEYWORD_ONLY for v in mine.values())
 
 def test_settings_reach_their_part(dls):
-    learn = quiet(learner(dls, AdAutoMixCallback(alpha=.7, relu=True, c=.5, linear_weight=.2, decay=.9, final=.99, n_mix=2, per_sample=True, lam_margin=.1)))
-    g = game(learn)
-    assert g.generator.alpha==.7 and g.generator.n_mix==(2,) and g.generator.lam_margin==.1 and g.c==.5 and g.linear_weight==.2 and g.teacher.momentum(0)==.9
+    kw = dict(alpha=.7, relu=True, n_mix=2, per_sample=True, lam_margin=.1)
+    g = game(quiet(learner(dls, AdAutoMixCallback(**kw, c=.5, linear_weight=.2, decay=.9, final=.99))))
+    assert g.generator.alpha==.7 and g.generator.n_mix==(2,) and g.generator.lam_margin==.1
+    assert g.c==.5 and g.linear_weight==.2 and g.teacher.momentum(0)==.9
 
 def test_at_most_three_ancestors():
     ours = [c for c in AdAutoMixCallback.__mro__[1:] if c.__module__.startswith('advmix')]
     assert [c.__name__ for c in ours]==['GameCallback','MixCallback']
 
-COLUMNS = dict(adautomix='amce mce ace amce_teacher cosine', released='amce mce ace amce_teacher cosine', automix='amce ace amce_teacher share')
+COLUMNS = dict(adautomix='amce mce ace amce_teacher cosine', released='amce mce ace amce_teacher cosine',
+               automix='amce ace amce_teacher share')
 @pytest.mark.parametrize('cb', COLUMNS)
 def test_columns_and_plot(dls, cb):
     learn = quiet(learner(dls, CBS[cb]()), 2)
@@ -125,7 +129,8 @@ def test_pairs_have_no_column_that_is_never_computed(dls):
     assert 'mce' in names(quiet(learner(dls, AdAutoMixCallback(n_mix=2, linear_weight=.5))))
 
 def test_in_company(dls, tmp_path):
-    learn = learner(dls, CBS['adautomix'](), GradientAccumulation(32), GradientClip(1.), SaveModelCallback(), CSVLogger(), path=tmp_path, model_dir='.')
+    company = GradientAccumulation(32),GradientClip(1.),SaveModelCallback(),CSVLogger()
+    learn = learner(dls, CBS['adautomix'](), *company, path=tmp_path, model_dir='.')
     quiet(learn, 2, 1e-3, method='fit_one_cycle')
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1, freeze_epochs=1)
     quiet(learn.to_fp16())
@@ -152,3 +157,14 @@ def test_the_generators_state_is_plain_numbers(dls):
     "A schedule leaves NumPy numbers, which the safe loader refuses"
     learn = quiet(learner(dls, CBS['adautomix']()), 1, 1e-3, method='fit_one_cycle')
     assert all(type(g['lr']) is float for g in game(learn).gen_opt.param_groups)
+
+@pytest.mark.parametrize('cb,name', [(AdAutoMixCallback, 'adautomix'), (AutoMixCallback, 'automix')])
+def test_as_published(dls, cb, name):
+    "All settings of the published code at one go, its optimiser too; the rate follows the learner's schedule to that optimiser's"
+    from advmix.objectives import PUBLISHED
+    learn = quiet(learner(dls, cb(**PUBLISHED[name])), 2)
+    opt = game(learn).gen_opt
+    assert isinstance(opt, torch.optim.SGD) and abs(opt.param_groups[0]['lr']-.1)<1e-9 and torch.isfinite(flat(game(learn).generator)).all()
+    learn = quiet(learner(dls, cb(gen_lr=.05)))
+    assert game(learn).gen_opt.param_groups[0]['lr']==.05
+    with pytest.raises(ValueError, match='gen_lr'): cb(gen_lr=-1)

@@ -54,9 +54,7 @@ def test_the_shortcut_opens_no_grad(net, xy):
     m = InNoGrad(net)
     assert torch.allclose(grad(_Shortcut(m, entry=net), x, y), grad(net, x, y), atol=1e-6)
     assert torch.is_grad_enabled()
-    with torch.no_grad():
-        _Shortcut(m, entry=net)(x)
-        assert not torch.is_grad_enabled() or True
+    with torch.no_grad(): _Shortcut(m, entry=net)(x)
     assert torch.is_grad_enabled()
 
 def test_the_shortcut_leaves_at_the_exit(net, xy):
@@ -113,9 +111,10 @@ def test_smoothing_and_scaling(net, xy):
     x,y = xy
     class Ripple(Around):
         def before(self, x): return x+.02*torch.sin(400*x)
+    x = (x+.1*torch.rand_like(x)).clamp(0,1)   # digits have seventeen grey values, so the ripple would be the same everywhere
     cos = lambda m: F.cosine_similarity(grad(m, x, y).flatten(1), grad(net, x, y).flatten(1)).mean()
     assert cos(_Smoothed(Ripple(net), .04, k=64))>cos(Ripple(net))+.2
-    out = _Rescaled(lambda x: 1e6*net(x))(x) if False else _Rescaled(nn.Sequential(net))(x)
+    out = _Rescaled(net)(x)
     assert torch.equal(out.argmax(1), net(x).argmax(1)) and torch.allclose(out.amax(1)-out.amin(1), torch.tensor(5.))
 
 def test_a_surrogate_answers_as_the_network_and_fools_it(net, xy):

@@ -91,8 +91,8 @@ def test_two_mixers_are_refused(dls):
         quiet(learner(dls, CBS['mixup'](), CBS['aom']()))
     with pytest.raises(ValueError, match='MixCallback and CutMix'): quiet(learner(dls, CBS['mixup'](), FastaiCutMix()))
 
-@pytest.mark.parametrize('mixer', [('cutmix', .5), [CutMix, MixUp], CutMix, FastaiMixUp(), FastaiMixUp, 3, None, [('cutmix', .5), FastaiMixUp()],
-                                   [MixUp(), 3], []])
+@pytest.mark.parametrize('mixer', [('cutmix', .5), [CutMix, MixUp], CutMix, FastaiMixUp(), FastaiMixUp, 3, None,
+                                   [('cutmix', .5), FastaiMixUp()], [MixUp(), 3], []])
 def test_what_is_no_mixer_is_refused_at_once(mixer):
     with pytest.raises((TypeError, ValueError), match='mix'): MixCallback(mixer)
 
@@ -374,14 +374,16 @@ def test_maps_that_cannot_be_mixed_are_refused():
     for mixer in ('resizemix', ManifoldMix(layers=['input'])):
         cb = MixCallback(mixer) if isinstance(mixer, str) else MixCallback(lambda x, y, model=None: Mixed(x, *_pairs(x)))
         with pytest.raises(ValueError, match='needs masks'): quiet(learner(maps(), cb, loss=SEGLOSS['ce'], **kw))
-    with pytest.raises(ValueError, match='not the mean over the pixels'): quiet(learner(maps(), MixCallback('cutmix'), loss=DiceLoss(), **kw))
+    with pytest.raises(ValueError, match='not the mean over the pixels'):
+        quiet(learner(maps(), MixCallback('cutmix'), loss=DiceLoss(), **kw))
     small = nn.Sequential(nn.Conv2d(1,2,1), nn.AvgPool2d(2))
     x,y = torch.rand(16,1,8,8),torch.zeros(16,4,4).long()
     dls = DataLoaders.from_dsets(list(zip(x, y)), list(zip(x, y)), bs=8)
     with pytest.raises(ValueError, match='masks of that size'):
         quiet(learner(dls, MixCallback('cutmix'), loss=nn.CrossEntropyLoss(), model=small, metrics=None))
     with pytest.raises(ValueError, match='needs one target'):
-        quiet(learner(maps(), AdAutoMixCallback(stage=0), loss=SEGLOSS['ce'], model=nn.Sequential(nn.Conv2d(1,4,1), nn.Conv2d(4,2,1)), metrics=None))
+        model = nn.Sequential(nn.Conv2d(1,4,1), nn.Conv2d(4,2,1))
+        quiet(learner(maps(), AdAutoMixCallback(stage=0), loss=SEGLOSS['ce'], model=model, metrics=None))
 
 def _pairs(x):
     w = torch.full((len(x),2), .5)
@@ -482,3 +484,14 @@ def test_show_mix_without_a_mixing_callback(dls):
     with pytest.raises(ValueError, match='no mixing callback'): learner(dls).show_mix()
 
 def test_torch_loaders_train(): assert torch.isfinite(weights(quiet(learner(torch_dls(), CBS['aom'](), EMACallback())))).all()
+
+# which batches
+
+def test_p_start_and_stop(dls):
+    class Count(Callback):
+        order,run_valid = 6,False
+        def before_fit(self): self.n = []
+        def after_loss(self): self.n.append(float(self.learn.mix.mixed is not None))
+    learn = quiet(learner(tensors(64, 4), MixCallback(MixUp(), p=.5, start=.25, stop=.75), Count()), 8)
+    n = torch.tensor(learn.count.n).view(8, -1).mean(1)
+    assert n[:2].max()==0 and .2<n[2:6].mean()<.8 and n[7]==0

@@ -224,13 +224,14 @@ def test_pairs():
         assert idx.shape==(n,2) and sorted(idx[:,1].tolist())==list(range(n)) and idx.dtype==torch.int64
 
 # ---------------------------------------------------------------- the detector itself
-READERS = dict(item=lambda z: z.sum().item(), tolist=lambda z: z.tolist(), cpu=lambda z: z.cpu(), to=lambda z: z.to('cpu'),
+READERS = dict(
+    item=lambda z: z.sum().item(), tolist=lambda z: z.tolist(), cpu=lambda z: z.cpu(), to=lambda z: z.to('cpu'),
     numpy=lambda z: z.numpy(), array=lambda z: np.asarray(z), bool=lambda z: bool((z>1).any()), float=lambda z: float(z[0]),
-    index=lambda z: z[z>.5], put=lambda z: z.index_put((z>.5,), torch.ones(1)), nonzero=lambda z: z.nonzero(), where=lambda z: torch.where(z>.5),
-    select=lambda z: z.masked_select(z>.5), unique=lambda z: z.unique(), equal=lambda z: torch.equal(z,z), allclose=lambda z: torch.allclose(z,z), max=lambda z: max(z[0],z[1]),
+    index=lambda z: z[z>.5], put=lambda z: z.index_put((z>.5,), torch.ones(1)), nonzero=lambda z: z.nonzero(),
+    where=lambda z: torch.where(z>.5), select=lambda z: z.masked_select(z>.5), unique=lambda z: z.unique(),
+    equal=lambda z: torch.equal(z,z), allclose=lambda z: torch.allclose(z,z), max=lambda z: max(z[0],z[1]),
     format=lambda z: f'{z.sum():.2f}', range=lambda z: range(int(z.sum())), tensor=lambda z: torch.tensor([z[0],z[1]]),
-    slice=lambda z: z[:z.sum().long()],
-    repeat=lambda z: torch.repeat_interleave(z, (3*z).long().abs()))
+    slice=lambda z: z[:z.sum().long()], repeat=lambda z: torch.repeat_interleave(z, (3*z).long().abs()))
 
 @pytest.mark.parametrize('name', READERS)
 def test_the_detector_sees(name):

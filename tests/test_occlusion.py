@@ -146,7 +146,8 @@ def test_own_masks_are_the_better_estimate(digits, template):
     assert spread[False]<.7*spread[True]
 
 def test_plot(digits, template):
-    ax = plot_occlusion(dict(a=occlusion_rows(template, *digits, ratios=(0,.5,1), draws=2), b=occlusion_rows(template, *digits, ratios=(0,1), draws=1)))
+    rows = lambda ratios, draws: occlusion_rows(template, *digits, ratios=ratios, draws=draws)
+    ax = plot_occlusion(dict(a=rows((0,.5,1), 2), b=rows((0,1), 1)))
     assert [l.get_label() for l in ax.get_lines()]==['a','b']
 
 # no trace, refusals

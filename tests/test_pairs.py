@@ -93,8 +93,9 @@ def interrupted(make, path):
         with pytest.raises(KeyboardInterrupt): quiet(learn, cbs=Bomb(event))
     return quiet(learn)
 
-SITUATIONS = [in_constructor, in_fit, removed, two_fits, start_epoch, lr_found, fine_tuned, accumulated, clipped, mixed_precision, bfloat16, train_metrics,
-              every_column, torch_loaders, normalised_loaders, batch_of_one, saved_and_loaded, exported, tta, get_preds, validated_first, interrupted]
+SITUATIONS = [in_constructor, in_fit, removed, two_fits, start_epoch, lr_found, fine_tuned, accumulated, clipped, mixed_precision,
+              bfloat16, train_metrics, every_column, torch_loaders, normalised_loaders, batch_of_one, saved_and_loaded, exported, tta,
+              get_preds, validated_first, interrupted]
 PAIRS = [(cb, s) for s in SITUATIONS for cb in CBS]
 
 def check(learn):

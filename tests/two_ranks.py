@@ -59,12 +59,13 @@ FIXED = (torch.rand(16,1,8,8, generator=torch.Generator().manual_seed(3)), torch
 
 def plain_net():
     "No batch norm, whose statistics would be those of half the batch"
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
-                         nn.Flatten(), nn.Linear(512, 10))
+    convs = [m for n in (1,8,8) for m in (nn.Conv2d(n, 8, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(512, 10))
 
 def methods(ranks):
     return dict(mixup=lambda: [MixCallback(PerRank(MixUp(), ranks))], pgd=lambda: [MixCallback(PerRank(PGD(.1, steps=2), ranks))],
-                aom=lambda: [MixCallback(PerRank(AOM(.1, steps=2, ratio='kl'), ranks))], iat=lambda: [MixCallback(PerRank(IAT(.1, steps=2), ranks))],
+                aom=lambda: [MixCallback(PerRank(AOM(.1, steps=2, ratio='kl'), ranks))],
+                iat=lambda: [MixCallback(PerRank(IAT(.1, steps=2), ranks))],
                 adautomix=lambda: [AdAutoMixCallback(), EMACallback(.9)])
 
 def first_gradients(ranks, context):
@@ -97,11 +98,13 @@ def trained(context):
     res = {}
     for name,cbs in dict(mix=[MixCallback(MixUp()), EMACallback()], game=[AdAutoMixCallback(p=.7)]).items():
         set_seed(rank_distrib())
-        learn = Learner(digits_dls(bs=128), get_model('convnet', 10, c_in=1, size=8), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[*cbs, Ratios()])
+        net = get_model('convnet', 10, c_in=1, size=8)
+        learn = Learner(digits_dls(bs=128), net, loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=[*cbs, Ratios()])
         with context(learn), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         game = getattr(learn, 'ad_auto_mix', None)
         res[name] = dict(w=torch.cat([p.detach().flatten() for p in learn.model.parameters()]), lams=learn.ratios.lams,
-                         companion=everything(game.teacher if game else learn.ema.average.net), gen=everything(game.game.generator) if game else torch.zeros(1))
+                         companion=everything(game.teacher if game else learn.ema.average.net),
+                         gen=everything(game.game.generator) if game else torch.zeros(1))
     return res
 
 class Fails(Callback):

@@ -18,14 +18,14 @@ class ConstantScale(Around):
     def after(self, logits): return 1e4*logits
 
 class Saturated(Around):
-    "Logits pressed against plus and minus one hundred, where tanh is flat"
-    def after(self, logits): return 100*torch.tanh(4*logits)
+    "The distance of each logit to the largest, through a tanh that is flat nearly everywhere; no answer changes"
+    def after(self, logits): return 10*torch.tanh(3*(logits-logits.amax(1, keepdim=True))+2)
 
 # --- no gradient, or none that is of use ---
 
 class Rounding(Around):
-    "Nine grey levels"
-    def before(self, x): return (x*8).round()/8
+    "Twenty-one grey levels"
+    def before(self, x): return (x*20).round()/20
 
 class Detached(Around):
     def before(self, x): return x.detach()
@@ -50,14 +50,14 @@ class ThroughJPEG(Around):
         return torch.stack([self.one(im) for im in ims])[:,None].to(x)/255
 
 class DeadZone(Around):
-    "Grey values snap to the nearest of seventeen, and leave it only after a dead zone"
+    "Flat round each of the seventeen grey values that occur, steeper in between: no gradient at the images, and steps get stuck"
     def before(self, x):
         q = (x*16).round()/16
-        return q+F.hardshrink(x-q, .028)
+        return q+F.softshrink(x-q, .012)*(1/32)/(1/32-.012)
 
 class Thermometer(nn.Module):
-    "Each pixel as eight flags, 'is it above k/8' (Buckman et al. 2018); the first layer's weights are spread over the flags, so no layer sees an image"
-    def __init__(self, net, levels=8):
+    "Each pixel as twenty flags, 'is it above' (Buckman et al. 2018); the first layer's weights are spread over them, so no layer sees an image"
+    def __init__(self, net, levels=20):
         super().__init__()
         conv = net[0]
         self.levels,self.rest = levels,net[1:]
@@ -99,7 +99,7 @@ class NoBackward(Around):
 
 class HighFrequency(Around):
     "A ripple too small to matter, and so steep that the gradient sees nothing else"
-    def before(self, x): return x+.02*torch.sin(400*x)
+    def before(self, x): return x+.005*torch.sin(1600*x)
 
 # --- random, or dependent on what else there is ---
 
