@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sanity', 'sanity']
 
-# %% ../nbs/52_sanity.ipynb #1510ae92
+# %% ../nbs/52_sanity.ipynb #c35e3880
 import math, time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .verdict import *
 from .evaluate import *
 from .autoattack import *
 
-# %% ../nbs/52_sanity.ipynb #89237aed
+# %% ../nbs/52_sanity.ipynb #5fcffcd4
 def _excess(k, n, share):
     "Are `k` of `n` more than chance explains where `share` of them are to be expected?"
     from scipy.stats import binom   # here, because it takes a while to import
@@ -31,7 +31,7 @@ def _weaker(strong, weak):
     more,less = (strong&~weak).sum().item(),(weak&~strong).sum().item()
     return more-less>.02*len(weak) and _excess(more, more+less, .5)
 
-# %% ../nbs/52_sanity.ipynb #3e017ede
+# %% ../nbs/52_sanity.ipynb #fd4bbb88
 class _Case:
     "A network under suspicion, and the verdicts on it so far"
     def __init__(self, net, x, y, eps, norm, seed, bs, queries):
@@ -61,7 +61,7 @@ def under(self:_Case, attack, steps, eps=None):
 @patch
 def white(self:_Case): return self.under('pgd', 50) & self.under('margin', 50)
 
-# %% ../nbs/52_sanity.ipynb #131298a1
+# %% ../nbs/52_sanity.ipynb #96a52253
 @patch
 def logits(self:_Case, x, bs=None):
     with torch.no_grad(): return torch.cat([self.net(a.to(self.dev)).cpu() for a in x.split(bs or self.bs)])
@@ -75,7 +75,7 @@ def grad(self:_Case, loss, x):
 
 def _moved(a, b): return (a-b).abs().amax(1)/(a.amax(1)-a.amin(1)).clamp(min=1e-12)   # relative to their spread
 
-# %% ../nbs/52_sanity.ipynb #19d328b9
+# %% ../nbs/52_sanity.ipynb #94bb4051
 class _Averaged(nn.Module):
     def __init__(self, net, k=8): super().__init__(); self.net,self.k = net,k
     def forward(self, x): return torch.stack([self.net(x) for _ in range(self.k)]).mean(0)
@@ -95,7 +95,7 @@ def _batch(c):
     return not _excess(n, len(a), .05), f'in another batch {n} of {len(a)} images get other logits', \
         'an answer depends on the rest of the batch; the same clean images are added to each below'
 
-# %% ../nbs/52_sanity.ipynb #a3f794e2
+# %% ../nbs/52_sanity.ipynb #8718f87d
 def _zero_eps(c):
     z = pgd(c.net, c.x.to(c.dev), c.y.to(c.dev), c.threat(0, step=.1, steps=2)).cpu()
     moved,other = (z!=c.x).sum().item(),(c.under('pgd', 2, eps=0)!=c.clean).sum().item()
@@ -107,7 +107,7 @@ def _continuous(c):
     return not _excess(n, len(x), .05), f'an invisible change (.0001) moves the logits of {n} of {len(x)} images', \
         'the network jumps: it quantises the image, or draws noise from it'
 
-# %% ../nbs/52_sanity.ipynb #484a6a06
+# %% ../nbs/52_sanity.ipynb #f04c6789
 def _zero(c, loss): return c.grad(loss, c.x).flatten(1).abs().amax(1)==0
 
 def _gradients(c):
@@ -134,7 +134,7 @@ def _directions(c):
     return not _excess(m-n, m, .1), f'a small step along the gradient does what it promises on {n} of {m} images', \
         'the gradient is not that of the network'
 
-# %% ../nbs/52_sanity.ipynb #d3d6769e
+# %% ../nbs/52_sanity.ipynb #9b066995
 def _order(c):
     f,p = c.tried('fgsm', ATTACKS['fgsm']),c.under('pgd', 10)
     return not _weaker(p, f), f'FGSM leaves {f.sum()}, PGD-10 {p.sum()} of {len(f)}', \
@@ -158,7 +158,7 @@ def _losses(c):
     return not _excess(p-m, p, .1), f'cross entropy leaves {p}, the margin {m} of {len(c.x)}', \
         'the cross entropy saturates, as after scaling logits or training on soft labels: PGD on it flatters'
 
-# %% ../nbs/52_sanity.ipynb #8c28f717
+# %% ../nbs/52_sanity.ipynb #a63217cf
 @torch.no_grad()
 def _luckiest(net, x, y, threat):
     res = threat.start(x)
@@ -173,7 +173,7 @@ def _led(guide, attack):
     "An attack that follows the gradients of a guide"
     return lambda net,x,y,t: ATTACKS[attack](guide, x, y, t, early_stop=getattr(guide, 'exact', False))
 
-# %% ../nbs/52_sanity.ipynb #5844644a
+# %% ../nbs/52_sanity.ipynb #43049290
 def _beyond(c, left, who, meaning):
     "Did it fool more of what gradients left than an honest network allows?"
     w = c.white()
@@ -201,7 +201,7 @@ def _autoattack(c, verdict):
     return not _weaker(verdict.stands, w), f'PGD leaves {w.sum()}, AutoAttack {verdict.stands.sum()} of {len(w)}', \
         'AutoAttack is weaker than PGD: look at its flags'
 
-# %% ../nbs/52_sanity.ipynb #f69e23a9
+# %% ../nbs/52_sanity.ipynb #a9315ac7
 def _pursue(c, stand_ins):
     "Follow every guide, then Square, each on what still stands"
     guides = {f'stand-in {k}': partial(GUIDES['shortcut'], stand_in=v) for k,v in stand_ins.items()} | GUIDES
@@ -214,7 +214,7 @@ def _pursue(c, stand_ins):
             c.tried(name if attack=='margin' else f'{name} (ce)', _led(guide, attack), only=c.worst().stands, steps=30)
     c.tried(f'square{5*c.queries}', _square(5*c.queries, c.seed+1), only=c.worst().stands)
 
-# %% ../nbs/52_sanity.ipynb #6e77fa10
+# %% ../nbs/52_sanity.ipynb #52b9f869
 @dataclass
 class Sanity:
     "What the checks of `sanity` saw, and the worst case over all attacks it tried"
@@ -231,7 +231,7 @@ def _row(name, ok, says, meaning=''):
     said = {None:'skipped', True:'pass', False:'suspicious'}[ok]
     return dict(name=name, verdict=said, says=f'{says}: {meaning}' if said=='suspicious' else says)
 
-# %% ../nbs/52_sanity.ipynb #f39f8435
+# %% ../nbs/52_sanity.ipynb #ecdab078
 def _trace(model):
     "All an evaluation must leave alone"
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -240,11 +240,15 @@ def _trace(model):
 
 def _same(a, b): return a[1]==b[1] and len(a[0])==len(b[0]) and all(torch.equal(p, q) for p,q in zip(a[0], b[0]))
 
-# %% ../nbs/52_sanity.ipynb #997108e5
+# %% ../nbs/52_sanity.ipynb #5e0acb78
 _checks = {'eps 0':_zero_eps, 'continuous':_continuous, 'gradients':_gradients, 'saturated':_saturated,
            'directions':_directions, 'FGSM ≥ PGD':_order, 'more steps':_more_steps, 'large eps':_large_eps,
            'two losses':_losses, 'noise':_noise, 'black box':_black_box}
 _fixed  = ('eps 0','continuous','directions')   # of no use where every pass differs
+
+def _layer(net, name):
+    if name and name in dict(net.named_modules()): return net.get_submodule(name)
+    raise ValueError(f'no layer is called {name!r}: use one of {", ".join(k for k,_ in net.named_modules() if k)}')
 
 def _subject(net, args):
     "The network to judge, and the rows of the checks that decided it"
@@ -253,7 +257,7 @@ def _subject(net, args):
     rows.append(_row('batch', *_batch(c)))
     return net.model if rows[1]['verdict']=='pass' else _Company(net.model, c.x[:32]),rows
 
-# %% ../nbs/52_sanity.ipynb #eebda0c9
+# %% ../nbs/52_sanity.ipynb #ec98ca7b
 def sanity(
     model:nn.Module,     # Pixels in, logits out
     x:Tensor,            # Images `(N,C,H,W)` in [0,1]; a hundred tell enough
@@ -273,7 +277,7 @@ def sanity(
         x,y  = net.take(x, y)
         args = x, y, eps, norm, seed, bs, queries
         subject,rows = _subject(net, args)
-        layers = {k: (net.model.get_submodule(k), f) for k,f in (stand_in or {}).items()}
+        layers = {k: (_layer(net.model, k), f) for k,f in (stand_in or {}).items()}
         with examined(subject, seed) as probe:
             c = _Case(probe, *args)
             for name,f in _checks.items():
