@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['autoattack']
 
-# %% ../nbs/51_autoattack.ipynb #b234be44
+# %% ../nbs/51_autoattack.ipynb #77717ec3
 import hashlib, json, logging, math, os, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -157,7 +157,7 @@ def _key(model, x, y, job):
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if v.numel() else b'')
     return h.hexdigest()
 
-# %% ../nbs/51_autoattack.ipynb #ce188842
+# %% ../nbs/51_autoattack.ipynb #f781d625
 @patch
 def left(self:_State, k, job):
     "What attack number `k` gets to see `(N,)`"
@@ -206,7 +206,7 @@ def _cascade(net, x, y, s, job, n_classes, save, bar):
         else: s.stage,s.pos = s.stage+1,0
         save()
 
-# %% ../nbs/51_autoattack.ipynb #78a2a674
+# %% ../nbs/51_autoattack.ipynb #3308e2a9
 class _Bar:
     "Progress in forward passes: those done, and at most those that images still standing may need"
     def __init__(self, show):
@@ -236,7 +236,7 @@ def _saver(s, path):
         took = at-t
     return save
 
-# %% ../nbs/51_autoattack.ipynb #88a8b97b
+# %% ../nbs/51_autoattack.ipynb #d3b71d83
 def _square_helped(s, job):
     "A sentence if Square found more than attacks that follow gradients should leave"
     if 'square' not in job.attacks or len(job.attacks)<2: return []

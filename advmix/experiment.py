@@ -91,8 +91,8 @@ def _judge(r, nets, dls, progress=True):
             report.rows    += [o|dict(name=o['name']+end) for o in new.rows]
             report.missing |= {k+end: why for k,why in new.missing.items()}
     report.config |= vars(c)
-    write_file(r.folder/'report.png',  _png(report.plot()[0].figure))
-    write_file(r.folder/'history.png', _png(_plot_history(r.history)))
+    Run.write_file(r.folder/'report.png',  _png(report.plot()[0].figure))
+    Run.write_file(r.folder/'history.png', _png(_plot_history(r.history)))
     report.to_json(r.folder/'report.json')   # last: its presence says the run is finished
 
 # %% ../nbs/70_experiment.ipynb #c6675078
@@ -229,6 +229,6 @@ def _written(rows, out):
     "The rows as a frame, in `compare.json` and `compare.png`"
     if not rows: raise ValueError(f'{out} holds no finished run')
     runs = pd.DataFrame(rows)
-    write_file(out/'compare.json', runs.to_json(orient='records', indent=1))
-    write_file(out/'compare.png', _png(plot_compare(runs)))
+    Run.write_file(out/'compare.json', runs.to_json(orient='records', indent=1))
+    Run.write_file(out/'compare.png', _png(plot_compare(runs)))
     return runs

@@ -69,7 +69,7 @@ def masks(self:MaskGenerator,
     if z.ndim!=4 or z[0,0].numel()<2:
         raise ValueError(f'stage {self.stage!r} gives features {tuple(z.shape)}, no map (B,c,h,w) '
                          'of several places: use an earlier stage or larger images')
-    return to_masks(self.attention(z, idx, lam), size, self.up)
+    return MixAttention.to_masks(self.attention(z, idx, lam), size, self.up)
 
 # %% ../nbs/31_generator.ipynb #36d07798
 @patch

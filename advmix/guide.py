@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GUIDES', 'margin_loss']
 
-# %% ../nbs/25_guide.ipynb #50c0130a
+# %% ../nbs/25_guide.ipynb #2c90316f
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def margin_loss(
     "The best wrong logit minus the right one: $-f_6$ of Carlini & Wagner (arXiv 1608.04644)"
     return logits.scatter(1, y[:,None], -math.inf).amax(1)-logits.gather(1, y[:,None])[:,0]
 
-# %% ../nbs/25_guide.ipynb #d838f24a
+# %% ../nbs/25_guide.ipynb #f7e6245b
 def _spread(logits): return (logits.amax(1)-logits.amin(1)).clamp(min=1e-12)
 
 class _Rescaled(nn.Module):
@@ -31,7 +31,7 @@ class _Rescaled(nn.Module):
         out = self.net(x)
         return 5*out/_spread(out.detach()).view(-1,1)
 
-# %% ../nbs/25_guide.ipynb #3cc2c522
+# %% ../nbs/25_guide.ipynb #7ca6b253
 def _with_gradient(value, path): return value.detach()+(path-path.detach())
 
 def _like(z, u):
@@ -40,7 +40,7 @@ def _like(z, u):
     z = z.repeat_interleave(u.shape[1]//z.shape[1], 1)
     return torch.cat([z, torch.zeros_like(u[len(z):])])
 
-# %% ../nbs/25_guide.ipynb #88c8424f
+# %% ../nbs/25_guide.ipynb #d3270e6a
 class _Shortcut(nn.Module):
     "The network, with gradients from the logits of `exit` to the input of `entry`, from there straight to the pixels"
     def __init__(self, net, entry=None, exit=None, stand_in=None):
@@ -67,7 +67,7 @@ class _Shortcut(nn.Module):
             for h in hooks: h.remove()
         return (torch.stack(seen).mean(0) if seen else out)[:len(z)].float()
 
-# %% ../nbs/25_guide.ipynb #95a9f045
+# %% ../nbs/25_guide.ipynb #d711e607
 def _ends(net, x, n_classes):
     "Modules that get something like an image, in order of execution, and modules that return logits, last first"
     entries,exits,seen = [],[],[]
@@ -99,7 +99,7 @@ def _shortcut(net, x, y, threat, stand_in=None):
         if n>best: best,found = n,guide
     return found
 
-# %% ../nbs/25_guide.ipynb #84734c92
+# %% ../nbs/25_guide.ipynb #2b90b04d
 class _Smoothed(nn.Module):
     "The mean of the logits over `k` small random shifts of every pixel"
     exact = False
@@ -107,7 +107,7 @@ class _Smoothed(nn.Module):
     def forward(self, x):
         return torch.stack([self.net(x+self.size*(2*torch.rand_like(x)-1)) for _ in range(self.k)]).mean(0)
 
-# %% ../nbs/25_guide.ipynb #11940b94
+# %% ../nbs/25_guide.ipynb #7ff2b410
 class _Estimate(torch.autograd.Function):
     "A network whose backward pass is measured"
     @staticmethod
@@ -128,7 +128,7 @@ class _Differences(nn.Module):
     def __init__(self, net, h, k=32): super().__init__(); self.net,self.h,self.k = net,h,k
     def forward(self, x): return _Estimate.apply(x, self.net, self.h, self.k)
 
-# %% ../nbs/25_guide.ipynb #42c880ad
+# %% ../nbs/25_guide.ipynb #c3c3d24b
 def _surrogate(net, x, y, threat, steps=300):
     "A small network that learned to answer as `net` does, round these images"
     with torch.no_grad(): n = net(x[:2]).shape[1]
@@ -147,7 +147,7 @@ def _surrogate(net, x, y, threat, steps=300):
     s.exact = False
     return s.eval()
 
-# %% ../nbs/25_guide.ipynb #72335797
+# %% ../nbs/25_guide.ipynb #f278291a
 def _size(x, threat): return threat.eps/4 if threat.norm=='linf' else threat.eps/math.sqrt(x[0].numel())
 
 GUIDES = dict(   # name -> make(net, x, y, threat), a module with an attribute `exact`, or None if there is none

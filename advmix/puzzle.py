@@ -244,7 +244,7 @@ def __call__(self:PuzzleMix, x:Tensor, y:Tensor=None, model=None)->Mixed:
     s,xp,p  = _pad_to(s, side),_pad_to(x, side),idx[:,1]
     z   = _solve(*_terms(xp.detach(), p, _block_means(s, side), lam.item()))
     own = z.repeat_interleave(side, 1).repeat_interleave(side, 2)[:,:h,:w]
-    m   = from_mask(x, own, lam, idx)
+    m   = Mixed.from_mask(x, own, lam, idx)
     if not (self.transport or any(attack)): return m
     a,b = (_pad_to((x+noise).clamp(0,1), side) if att else xp for att in attack)
     a,b = a,b[p]

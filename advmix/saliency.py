@@ -82,8 +82,8 @@ class SaliencyMix:
         seen = x[idx[:,1]] if self.per_sample else x[idx[:1,1]]
         s    = _checked_map(self.saliency(seen), seen, 'saliency')
         peak = s.flatten(1).argmax(1)   # the first, if several
-        box  = rand_box(lam, h, w, torch.stack([peak//w, peak%w], 1))
-        return from_mask(x, box_mask(box, h, w, x.device), lam, idx)
+        box  = CutMix.rand_box(lam, h, w, torch.stack([peak//w, peak%w], 1))
+        return Mixed.from_mask(x, CutMix.box_mask(box, h, w, x.device), lam, idx)
 
 # %% ../nbs/12_saliency.ipynb #ce15a6f9
 def _for(model, x, size=None):
@@ -127,7 +127,7 @@ class AttentiveMix:
         keep  = max(1, min(round(share*g*g), g*g))
         cells = F.adaptive_avg_pool2d(seen.float()[:,None], g).flatten(1)
         best  = cells.argsort(dim=1, descending=True, stable=True)[:,:keep]   # stable: the same on every device
-        return from_mask(x, torch.zeros_like(cells).scatter(1, best, 1.).view(n, g, g))
+        return Mixed.from_mask(x, torch.zeros_like(cells).scatter(1, best, 1.).view(n, g, g))
 
 # %% ../nbs/12_saliency.ipynb #d2d43f76
 def _headless(model):
@@ -202,7 +202,7 @@ class SnapMix:
         check_labels(y)
         h,w   = x.shape[-2:]
         lam   = rand_lam(self.beta, 2)
-        boxes = rand_box(lam, h, w).tolist()   # on the CPU: no waiting for the device
+        boxes = CutMix.rand_box(lam, h, w).tolist()   # on the CPU: no waiting for the device
         idx   = rand_pairs(x)
         if any(t>=b or l>=r for t,b,l,r in boxes): return Mixed.unmixed(x)
         s      = _class_map(look, x, y, self.size) if isinstance(look, nn.Module) else look(x, y)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sanity', 'sanity']
 
-# %% ../nbs/52_sanity.ipynb #c35e3880
+# %% ../nbs/52_sanity.ipynb #4c03d539
 import math, time
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from .verdict import *
 from .evaluate import *
 from .autoattack import *
 
-# %% ../nbs/52_sanity.ipynb #5fcffcd4
+# %% ../nbs/52_sanity.ipynb #f2a4d759
 def _excess(k, n, share):
     "Are `k` of `n` more than chance explains where `share` of them are to be expected?"
     from scipy.stats import binom   # here, because it takes a while to import
@@ -31,10 +31,10 @@ def _weaker(strong, weak):
     more,less = (strong&~weak).sum().item(),(weak&~strong).sum().item()
     return more-less>.02*len(weak) and _excess(more, more+less, .5)
 
-# %% ../nbs/52_sanity.ipynb #fd4bbb88
+# %% ../nbs/52_sanity.ipynb #63e18301
 class _Case:
     "A network under suspicion, and the verdicts on it so far"
-    def __init__(self, net, x, y, eps, norm, seed, bs, queries):
+    def __init__(self, net, x, y, eps, norm, seed, bs, queries, random=False):
         store_attr()
         self.dev,t = device_of(net, x),time.perf_counter()
         self.clean = net.right(x, y, bs)
@@ -56,12 +56,13 @@ def tried(self:_Case, name, f, only=None, eps=None, **kw):
 
 @patch
 def under(self:_Case, attack, steps, eps=None):
-    return self.tried(f'{attack}{steps}', ATTACKS[attack], eps=eps, steps=steps)
+    f = partial(ATTACKS[attack], early_stop=not self.random)   # a lucky draw is no reason to stop
+    return self.tried(f'{attack}{steps}', f, eps=eps, steps=steps)
 
 @patch
 def white(self:_Case): return self.under('pgd', 50) & self.under('margin', 50)
 
-# %% ../nbs/52_sanity.ipynb #96a52253
+# %% ../nbs/52_sanity.ipynb #91e58c46
 @patch
 def logits(self:_Case, x, bs=None):
     with torch.no_grad(): return torch.cat([self.net(a.to(self.dev)).cpu() for a in x.split(bs or self.bs)])
@@ -75,7 +76,7 @@ def grad(self:_Case, loss, x):
 
 def _moved(a, b): return (a-b).abs().amax(1)/(a.amax(1)-a.amin(1)).clamp(min=1e-12)   # relative to their spread
 
-# %% ../nbs/52_sanity.ipynb #94bb4051
+# %% ../nbs/52_sanity.ipynb #88461cda
 class _Averaged(nn.Module):
     def __init__(self, net, k=8): super().__init__(); self.net,self.k = net,k
     def forward(self, x): return torch.stack([self.net(x) for _ in range(self.k)]).mean(0)
@@ -95,7 +96,7 @@ def _batch(c):
     return not _excess(n, len(a), .05), f'in another batch {n} of {len(a)} images get other logits', \
         'an answer depends on the rest of the batch; the same clean images are added to each below'
 
-# %% ../nbs/52_sanity.ipynb #8718f87d
+# %% ../nbs/52_sanity.ipynb #8df22357
 def _zero_eps(c):
     z = pgd(c.net, c.x.to(c.dev), c.y.to(c.dev), c.threat(0, step=.1, steps=2)).cpu()
     moved,other = (z!=c.x).sum().item(),(c.under('pgd', 2, eps=0)!=c.clean).sum().item()
@@ -107,7 +108,7 @@ def _continuous(c):
     return not _excess(n, len(x), .05), f'an invisible change (.0001) moves the logits of {n} of {len(x)} images', \
         'the network jumps: it quantises the image, or draws noise from it'
 
-# %% ../nbs/52_sanity.ipynb #f04c6789
+# %% ../nbs/52_sanity.ipynb #ed5855f2
 def _zero(c, loss): return c.grad(loss, c.x).flatten(1).abs().amax(1)==0
 
 def _gradients(c):
@@ -118,7 +119,7 @@ def _gradients(c):
 
 def _saturated(c):
     n = (_zero(c, partial(F.cross_entropy, reduction='none')) & ~_zero(c, margin_loss)).sum().item()
-    return not _excess(n, len(c.x), .05), f'{n} of {len(c.x)} have no gradient of cross entropy, but of the margin', \
+    return not _excess(n, len(c.x), .05), f'the cross entropy is flat at {n} of {len(c.x)} images, the margin is not', \
         'the softmax is saturated: attacks on the cross entropy are blind there'
 
 def _directions(c):
@@ -134,7 +135,7 @@ def _directions(c):
     return not _excess(m-n, m, .1), f'a small step along the gradient does what it promises on {n} of {m} images', \
         'the gradient is not that of the network'
 
-# %% ../nbs/52_sanity.ipynb #9b066995
+# %% ../nbs/52_sanity.ipynb #efb840cd
 def _order(c):
     f,p = c.tried('fgsm', ATTACKS['fgsm']),c.under('pgd', 10)
     return not _weaker(p, f), f'FGSM leaves {f.sum()}, PGD-10 {p.sum()} of {len(f)}', \
@@ -158,7 +159,7 @@ def _losses(c):
     return not _excess(p-m, p, .1), f'cross entropy leaves {p}, the margin {m} of {len(c.x)}', \
         'the cross entropy saturates, as after scaling logits or training on soft labels: PGD on it flatters'
 
-# %% ../nbs/52_sanity.ipynb #a63217cf
+# %% ../nbs/52_sanity.ipynb #5bed2574
 @torch.no_grad()
 def _luckiest(net, x, y, threat):
     res = threat.start(x)
@@ -169,11 +170,12 @@ def _square(queries, seed):
     norm = dict(linf='Linf', l2='L2')
     return lambda net,x,y,t: SquareAttack(net, norm[t.norm], queries, t.eps, seed=seed, device=x.device).perturb(x, y)
 
-def _led(guide, attack):
+def _led(c, guide, attack):
     "An attack that follows the gradients of a guide"
-    return lambda net,x,y,t: ATTACKS[attack](guide, x, y, t, early_stop=getattr(guide, 'exact', False))
+    stop = getattr(guide, 'exact', False) and not c.random
+    return lambda net,x,y,t: ATTACKS[attack](guide, x, y, t, early_stop=stop)
 
-# %% ../nbs/52_sanity.ipynb #43049290
+# %% ../nbs/52_sanity.ipynb #17cad66e
 def _beyond(c, left, who, meaning):
     "Did it fool more of what gradients left than an honest network allows?"
     w = c.white()
@@ -189,7 +191,7 @@ def _black_box(c):
 
 def _transfer(c, surrogate):
     if surrogate is None: return None, 'no surrogate given', ''
-    left = c.tried('transfer', _led(surrogate, 'margin'), steps=20)
+    left = c.tried('transfer', _led(c, surrogate, 'margin'), steps=20)
     return _beyond(c, left, "another network's examples", 'what was made on another network')
 
 def _autoattack(c, verdict):
@@ -201,7 +203,7 @@ def _autoattack(c, verdict):
     return not _weaker(verdict.stands, w), f'PGD leaves {w.sum()}, AutoAttack {verdict.stands.sum()} of {len(w)}', \
         'AutoAttack is weaker than PGD: look at its flags'
 
-# %% ../nbs/52_sanity.ipynb #a9315ac7
+# %% ../nbs/52_sanity.ipynb #002539e2
 def _pursue(c, stand_ins):
     "Follow every guide, then Square, each on what still stands"
     guides = {f'stand-in {k}': partial(GUIDES['shortcut'], stand_in=v) for k,v in stand_ins.items()} | GUIDES
@@ -211,10 +213,10 @@ def _pursue(c, stand_ins):
         guide = make(c.net, c.x[left].to(c.dev), c.y[left].to(c.dev), c.threat())
         if guide is None: continue
         for attack in dict(rescaled=['pgd'], shortcut=['margin','pgd']).get(name, ['margin']):
-            c.tried(name if attack=='margin' else f'{name} (ce)', _led(guide, attack), only=c.worst().stands, steps=30)
+            c.tried(name if attack=='margin' else f'{name} (ce)', _led(c, guide, attack), only=c.worst().stands, steps=30)
     c.tried(f'square{5*c.queries}', _square(5*c.queries, c.seed+1), only=c.worst().stands)
 
-# %% ../nbs/52_sanity.ipynb #52b9f869
+# %% ../nbs/52_sanity.ipynb #8a7b0913
 @dataclass
 class Sanity:
     "What the checks of `sanity` saw, and the worst case over all attacks it tried"
@@ -231,7 +233,7 @@ def _row(name, ok, says, meaning=''):
     said = {None:'skipped', True:'pass', False:'suspicious'}[ok]
     return dict(name=name, verdict=said, says=f'{says}: {meaning}' if said=='suspicious' else says)
 
-# %% ../nbs/52_sanity.ipynb #ecdab078
+# %% ../nbs/52_sanity.ipynb #1af26a2c
 def _trace(model):
     "All an evaluation must leave alone"
     tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
@@ -240,7 +242,7 @@ def _trace(model):
 
 def _same(a, b): return a[1]==b[1] and len(a[0])==len(b[0]) and all(torch.equal(p, q) for p,q in zip(a[0], b[0]))
 
-# %% ../nbs/52_sanity.ipynb #5e0acb78
+# %% ../nbs/52_sanity.ipynb #600d5134
 _checks = {'eps 0':_zero_eps, 'continuous':_continuous, 'gradients':_gradients, 'saturated':_saturated,
            'directions':_directions, 'FGSM ≥ PGD':_order, 'more steps':_more_steps, 'large eps':_large_eps,
            'two losses':_losses, 'noise':_noise, 'black box':_black_box}
@@ -257,7 +259,7 @@ def _subject(net, args):
     rows.append(_row('batch', *_batch(c)))
     return net.model if rows[1]['verdict']=='pass' else _Company(net.model, c.x[:32]),rows
 
-# %% ../nbs/52_sanity.ipynb #ec98ca7b
+# %% ../nbs/52_sanity.ipynb #0d9053b9
 def sanity(
     model:nn.Module,     # Pixels in, logits out
     x:Tensor,            # Images `(N,C,H,W)` in [0,1]; a hundred tell enough
@@ -271,7 +273,7 @@ def sanity(
     bs:int=250,          # Images per pass
     seed:int=0,          # Of all draws
 )->Sanity:
-    "Fifteen checks that an honest network passes; if one is suspicious, attacks that need no honest gradients follow"
+    "Sixteen checks that an honest network passes; if one is suspicious, attacks that need no honest gradients follow"
     before = _trace(model)
     with examined(model, seed) as net:
         x,y  = net.take(x, y)
@@ -279,13 +281,12 @@ def sanity(
         subject,rows = _subject(net, args)
         layers = {k: (_layer(net.model, k), f) for k,f in (stand_in or {}).items()}
         with examined(subject, seed) as probe:
-            c = _Case(probe, *args)
+            c = _Case(probe, *args, random=isinstance(subject, _Averaged))
             for name,f in _checks.items():
-                skip = name in _fixed and isinstance(subject, _Averaged)
-                rows.append(_row(name, *((None, 'the network is random') if skip else f(c))))
+                rows.append(_row(name, *((None, 'the network is random') if c.random and name in _fixed else f(c))))
             rows.append(_row('transfer', *_transfer(c, surrogate)))
             rows.append(_row('PGD ≥ AutoAttack', *_autoattack(c, verdict)))
             if layers or any(r['verdict']=='suspicious' for r in rows): _pursue(c, layers)
     same = _same(before, _trace(model))
-    rows.append(_row('no trace', same, 'weights, flags and buffers after the evaluation', 'it has changed the network'))
+    rows.append(_row('no trace', same, f'weights, flags, buffers: {"" if same else "not "}as before', 'it changes itself'))
     return Sanity(rows, c.worst())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Verdict']
 
-# %% ../nbs/27_verdict.ipynb #68a5c31b
+# %% ../nbs/27_verdict.ipynb #a5dcbadb
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor

@@ -10,7 +10,7 @@ from advmix.aom import AOM, _pull_back as pull_back
 from advmix.attack import PGD, Threat, pgd
 from advmix.labels import geometric_weight
 from advmix.mix import CutMix, Mixed, MixUp, as_terms, compose, rand_pairs, with_loss
-from advmix.ratio import TrustRegion, ratio_grad, ratio_pgd
+from advmix.ratio import TrustRegion, ratio_grad, _ratio_pgd as ratio_pgd
 from sync import check_meta, check_no_reads
 
 def named(kw):

@@ -4,6 +4,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from advmix.attention import *
+from advmix.attention import _to_masks as to_masks
 from advmix.attention import _attend
 
 def loud(m, dtype=torch.float64):

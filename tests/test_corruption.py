@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from torch import nn
 from advmix import data
-from advmix.corruption import _complete, _means, cifar_c, corruption_rows, mce
+from advmix.corruption import _complete, _means, _cifar_c as cifar_c, corruption_rows, mce
 from advmix.distort import COMMON, EXTRA, corrupt, corruption_names
 
 BUILT_IN = corruption_names()

@@ -9,7 +9,7 @@ from fastai.callback.training import ShortEpochCallback
 from advmix import experiment as E, folder as F
 from advmix.config import Config
 from advmix.experiment import compare_runs, run, table
-from advmix.folder import Run, load_model, save_model, write_file
+from advmix.folder import Run, load_model, save_model, _write_file as write_file
 from advmix.methods import METHODS
 from advmix.models import get_model
 

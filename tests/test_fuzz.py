@@ -77,8 +77,8 @@ class Learner:
     def __init__(self, run, ending): self.run,self.ending = run,ending
     def no_bar(self): return contextlib.nullcontext()
     def fit_one_cycle(self, *args):
-        F.write_file(self.run.folder/'history.csv', 'epoch,train_loss,time\n0,1.0,00:01\n')
-        if self.ending!='early': F.write_file(self.run.folder/'checkpoint.pth', b'not read here')
+        F._write_file(self.run.folder/'history.csv', 'epoch,train_loss,time\n0,1.0,00:01\n')
+        if self.ending!='early': F._write_file(self.run.folder/'checkpoint.pth', b'not read here')
         if self.ending=='diverged':
             raise ValueError('Exception occured in `_Checkpoint` when calling event `after_epoch`:\n\tthe training diverged')
         if self.ending in ('early','ctrl-c'): raise KeyboardInterrupt
@@ -86,7 +86,7 @@ class Learner:
 
 def judged(r, *args):
     report = Report(vars(r.config), [dict(name='clean', accuracy=.5, n=2, seconds=0.)])
-    F.write_file(r.folder/'report.png', b'')
+    F._write_file(r.folder/'report.png', b'')
     report.to_json(r.folder/'report.json')
 
 def image_folder(p, n=6, classes='ab'):

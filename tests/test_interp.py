@@ -3,7 +3,7 @@ import sys
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from advmix.attack import Threat
-from advmix.interp import _gradient_axes, _plane, grad_cam, overlay, plot_plane, segment, segment_loss
+from advmix.interp import _gradient_axes, _plane, grad_cam, _overlay as overlay, plot_plane, _segment as segment, segment_loss
 from advmix.models import find_stage, get_model
 
 def cnn(inplace=True):

@@ -12,6 +12,7 @@ from advmix.ema import *
 from advmix.mix import *
 from advmix.generator import *
 from advmix.minmax import *
+from advmix.minmax import _reverse as reverse
 from advmix.minmax import _share_loss, _source_cosine
 
 class Net(nn.Module):

@@ -5,7 +5,7 @@ from torch import nn, Tensor
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from advmix.core import trusted
-from advmix.mix import Mixed, MixUp, CutMix, as_terms, box_mask, check_positive, compose, rand_box, rand_lam, rand_pairs, with_loss
+from advmix.mix import Mixed, MixUp, CutMix, as_terms, check_positive, compose, rand_lam, rand_pairs, with_loss
 from sync import check_meta, check_no_reads, reads
 
 MIXERS = [MixUp(), MixUp(.2, per_sample=True), CutMix(), CutMix(per_sample=True), CutMix(alpha=.3)]
@@ -156,16 +156,16 @@ def test_same_seed_same_mixture():
 @pytest.mark.parametrize('h,w', [(32,32),(20,33),(1,1),(5,64)])
 def test_boxes(h, w):
     lam = rand_lam(1., 500)
-    box = rand_box(lam, h, w)
+    box = CutMix.rand_box(lam, h, w)
     t,b,l,r = box.T
     assert box.dtype==torch.int64 and (t>=0).all() and (b<=h).all() and (l>=0).all() and (r<=w).all() and (t<=b).all() and (l<=r).all()
-    m = box_mask(box, h, w)
+    m = CutMix.box_mask(box, h, w)
     assert m.shape==(500,h,w) and torch.allclose(1-m.mean((1,2)), ((b-t)*(r-l)).float()/(h*w), atol=1e-6)
     at  = torch.tensor([[h//2,w//2]]).expand(500, -1)
-    box = rand_box(lam, h, w, at)
+    box = CutMix.rand_box(lam, h, w, at)
     half = torch.stack([(h*(1-lam).sqrt()).long()//2, (w*(1-lam).sqrt()).long()//2], 1)
     assert torch.equal(box[:,0], (h//2-half[:,0]).clamp_min(0)) and torch.equal(box[:,3], (w//2+half[:,1]).clamp_max(w))
-    assert torch.equal(rand_box(torch.zeros(1), 16, 8, torch.tensor([[8,4]])), torch.tensor([[0,16,0,8]]))
+    assert torch.equal(CutMix.rand_box(torch.zeros(1), 16, 8, torch.tensor([[8,4]])), torch.tensor([[0,16,0,8]]))
 
 def test_cutmix_label_as_drawn_on_request():
     for each in (False,True):

@@ -4,6 +4,7 @@ import pytest, torch, torch.nn as nn, torch.nn.functional as F, torchvision
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.vision.all import create_vision_model
 from advmix.models import *
+from advmix.models import _stage_shapes as stage_shapes
 from advmix.models import _torchvision_net
 
 def n_params(m): return sum(p.numel() for p in m.parameters())

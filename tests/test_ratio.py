@@ -3,6 +3,7 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from advmix.ratio import *
+from advmix.ratio import _ratio_pgd as ratio_pgd
 from advmix.ratio import _label_entropy as label_entropy, _ratio_grid as ratio_grid
 
 def net(seed=0, n_in=12, n=5):

@@ -9,7 +9,7 @@ from advmix.data import digits_dls, split_tensors, tensor_dls
 from advmix.evaluate import attacked, clean
 from advmix.jobs import JOBS, Subject
 from advmix.models import on_pixels
-from advmix.report import Report, _classes, compare_reports, merge_reports, robust_report
+from advmix.report import Report, _classes, compare_reports, robust_report
 
 quiet = dict(progress=False, eps=.1)
 fast  = ['clean','fgsm','pgd20']
@@ -225,7 +225,7 @@ def test_two_merged_halves_are_one_whole(net, xy, tmp_path):
     kw = dict(suite=['clean','fgsm','corruptions','occlusion','calibration','autoattack'], bs=8, **quiet)
     whole = robust_report(net, xy, **kw)
     for k in (1,2): robust_report(net, xy, part=(k,2), out=tmp_path/f'{k}.json', **kw)
-    m = merge_reports([tmp_path/'2.json', tmp_path/'1.json'])
+    m = Report.merge([tmp_path/'2.json', tmp_path/'1.json'])
     assert m.missing==whole.missing=={} and m.config['images']==whole.config['images'] and m.config['n']==16
     assert [r['name'] for r in m.rows]==[r['name'] for r in whole.rows]
     for a,b in zip(m.rows, whole.rows):

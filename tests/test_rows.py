@@ -3,7 +3,7 @@ import copy, json
 import numpy as np, pytest, torch
 from advmix.evaluate import Verdict
 from advmix.intervals import bootstrap, wilson
-from advmix.rows import Report, merge_reports
+from advmix.rows import Report
 
 def verdict(name, stands, **kw): return Verdict(name, torch.tensor([c=='1' for c in stands]), **kw)
 
@@ -106,7 +106,7 @@ def part(k, m=2, n=3, **config):
     return rep
 
 def test_parts_are_joined():
-    m = merge_reports([part(2), part(1)])                              # in any order
+    m = Report.merge([part(2), part(1)])                              # in any order
     rows = {r['name']:r for r in m.rows}
     assert m.config['n']==6 and 'part' not in m.config and m.config['images']==f'{3:016x}' and m.missing=={}
     f = rows['fgsm']
@@ -123,23 +123,23 @@ def test_parts_are_joined():
 
 def test_parts_that_do_not_fit(tmp_path):
     for key,bad in (('eps',.2), ('norm','l2'), ('seed',1), ('network','xyz'), ('vocab',['a']), ('suite','full'), ('source','library')):
-        with pytest.raises(ValueError, match=f'differ in {key}'): merge_reports([part(1), part(2, **{key:bad})])
-    with pytest.raises(ValueError, match='part 1 is there twice'): merge_reports([part(1), part(1)])
-    with pytest.raises(ValueError, match='number of parts'): merge_reports([part(1), part(2, m=3)])
-    with pytest.raises(ValueError, match='only reports on parts'): merge_reports([report(), part(1)])
-    with pytest.raises(ValueError, match='only reports on parts'): merge_reports([])
+        with pytest.raises(ValueError, match=f'differ in {key}'): Report.merge([part(1), part(2, **{key:bad})])
+    with pytest.raises(ValueError, match='part 1 is there twice'): Report.merge([part(1), part(1)])
+    with pytest.raises(ValueError, match='number of parts'): Report.merge([part(1), part(2, m=3)])
+    with pytest.raises(ValueError, match='only reports on parts'): Report.merge([report(), part(1)])
+    with pytest.raises(ValueError, match='only reports on parts'): Report.merge([])
 
 def test_parts_that_are_missing_are_named(tmp_path):
-    m = merge_reports([part(1, m=3), part(3, m=3)])
+    m = Report.merge([part(1, m=3), part(3, m=3)])
     assert m.missing=={'part 2 of 3': 'not among the reports'} and m.config['n']==6
     a,b = part(1),part(2)
     b.rows,b.missing,b.curve = [r for r in b.rows if r['name']!='fgsm'],{'fgsm':'interrupted'},None
     a.to_json(tmp_path/'a.json')
-    m = merge_reports([tmp_path/'a.json', b])
+    m = Report.merge([tmp_path/'a.json', b])
     assert m.missing=={'fgsm':'not in every part', 'curve':'not in every part'} and 'fgsm' not in [r['name'] for r in m.rows]
 
 def test_merging_changes_no_part():
     parts = [part(1), part(2)]
     before = copy.deepcopy(parts)
-    merge_reports(parts)
+    Report.merge(parts)
     assert parts==before

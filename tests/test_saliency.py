@@ -5,7 +5,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import nn
 from advmix.models import get_model
-from advmix.mix import rand_box
+from advmix.mix import CutMix
 from advmix.saliency import SaliencyMix, AttentiveMix, SnapMix, fine_grained
 from advmix.saliency import _centre_surround, _grey, _class_map as class_map, _snap as snap, _stage_map as stage_map
 from sync import check_no_reads, reads
@@ -149,7 +149,7 @@ def test_snapmix_released_counts_equal_labels_double_and_areas_follow_the_beta()
         b = SnapMix(cam=cam, released=True)(x, y)
         assert torch.allclose(b.w, a.w.sum(1, keepdim=True).expand(8,2)) and torch.equal(a.x, b.x)
     ws   = torch.stack([SnapMix(cam=cam)(x[:1], y[:1]).w[0] for _ in range(1500)])
-    box  = rand_box(torch.distributions.Beta(5.,5.).sample((4000,)), 32, 32)
+    box  = CutMix.rand_box(torch.distributions.Beta(5.,5.).sample((4000,)), 32, 32)
     area = ((box[:,1]-box[:,0])*(box[:,3]-box[:,2])/1024).float()
     assert abs((1-ws[:,0]).mean()-area.mean())<.015 and abs(ws[:,1].mean()-area.mean())<.015
     with pytest.raises(ValueError, match='class numbers'): SnapMix(cam=cam)(x)

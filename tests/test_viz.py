@@ -2,6 +2,7 @@
 from types import SimpleNamespace
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from advmix.viz import *
+from advmix.viz import _label_bars as label_bars
 from advmix.viz import _mix_title as mix_title
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from torch import nn
 from scipy import stats
 from scipy.special import erf
 from advmix.mix import MixUp, CutMix, Mixed, as_terms, compose
-from advmix.zoo import MIXES, RandomMix, ResizeMix, FMix, GridMix, GridMixup, SmoothMix, from_mask
+from advmix.zoo import MIXES, RandomMix, ResizeMix, FMix, GridMix, GridMixup, SmoothMix
 from advmix.zoo import _enlarge as enlarge, _fmix_mask as fmix_mask, _low_freq as low_freq, _sieve_mask as sieve_mask
 from sync import check_meta, check_no_reads
 
@@ -357,7 +357,7 @@ def test_cutmix_agrees_with_fastai(monkeypatch):
         l,t,r,b = (int(v) for v in cb.rand_bbox(14, 20, lam))
         monkeypatch.setattr('advmix.mix.rand_lam',   lambda a,n: lam.view(1))
         monkeypatch.setattr('advmix.mix.rand_pairs', lambda x: torch.stack([torch.arange(6), perm], 1))
-        monkeypatch.setattr('advmix.mix.rand_box',   lambda *a: torch.tensor([[t,b,l,r]]))
+        monkeypatch.setattr('advmix.mix.CutMix.rand_box',   lambda *a: torch.tensor([[t,b,l,r]]))
         m = CutMix()(clean, y)
         assert torch.allclose(m.x, learn.xb[0])
         assert torch.allclose(m.w[:,0], torch.as_tensor(cb.lam).float().view(-1).expand(6), atol=1e-6)
@@ -457,9 +457,9 @@ def test_smoothmix_mean_is_the_gaussian_integral():
 def test_enlarge_and_from_mask():
     assert torch.equal(enlarge(torch.tensor([[1.,0.]]), 2, 4), torch.tensor([[1.,1,0,0]]*2))
     x = torch.rand(3,2,4,4)
-    m = from_mask(x, torch.rand(3,4,4), torch.tensor([.5]), torch.tensor([[0,1],[1,2],[2,0]]))
+    m = Mixed.from_mask(x, torch.rand(3,4,4), torch.tensor([.5]), torch.tensor([[0,1],[1,2],[2,0]]))
     assert isinstance(m, Mixed) and torch.equal(m.lam, torch.full((3,2), .5))
     for bad in (torch.rand(3,4,5), torch.rand(3,5,4), torch.rand(4,4), torch.rand(3,1,4,4)):
-        with pytest.raises(ValueError, match='at most one value per pixel'): from_mask(x, bad)
-    cells = from_mask(x, torch.rand(3,3,2), idx=m.idx)   # cells of a grid become blocks
+        with pytest.raises(ValueError, match='at most one value per pixel'): Mixed.from_mask(x, bad)
+    cells = Mixed.from_mask(x, torch.rand(3,3,2), idx=m.idx)   # cells of a grid become blocks
     assert all(cells.mask[:,0,[i*4//3 for i in range(3)]].unique().numel()<=18 for _ in range(1)) and cells.mask.shape==(3,2,4,4)
