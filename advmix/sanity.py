@@ -46,29 +46,37 @@ class _Case:
 def tried(self:_Case, name, f, only=None, eps=None, **kw):
     "What stands under attack `f`, of all images that were right or of `only` some"
     if (name,eps) not in self.verdicts:
-        stands,adv = (self.clean if only is None else only).clone(),self.x.clone()
+        start = self.clean if only is None else only
+        stands,adv = start.clone(),self.x.clone()
         t,fw,bw = time.perf_counter(),self.net.forwards,self.net.backwards
         torch.manual_seed(self.seed)
         self.net.attack(f, self.x, self.y, stands, adv, self.threat(eps, **kw), self.bs)
+        if self.random: stands |= start & (sum(self.logits(adv) for _ in range(4)).argmax(1)==self.y)   # fooled by luck only
+        adv[stands] = self.x[stands]
         cost = time.perf_counter()-t, self.net.forwards-fw, self.net.backwards-bw
         self.verdicts[name,eps] = Verdict(name, stands, adv, *cost, dict(eps=self.eps, norm=self.norm, seed=self.seed))
     return self.verdicts[name,eps].stands
 
 @patch
 def under(self:_Case, attack, steps, eps=None):
+    "The same for one of `ATTACKS`"
     f = partial(ATTACKS[attack], early_stop=not self.random)   # a lucky draw is no reason to stop
     return self.tried(f'{attack}{steps}', f, eps=eps, steps=steps)
 
 @patch
-def white(self:_Case): return self.under('pgd', 50) & self.under('margin', 50)
+def white(self:_Case):
+    "What stands under everything that follows gradients"
+    return self.under('pgd', 50) & self.under('margin', 50)
 
 # %% ../nbs/52_sanity.ipynb #91e58c46
 @patch
 def logits(self:_Case, x, bs=None):
+    "`(N,n)` on the CPU"
     with torch.no_grad(): return torch.cat([self.net(a.to(self.dev)).cpu() for a in x.split(bs or self.bs)])
 
 @patch
 def grad(self:_Case, loss, x):
+    "Of every image's own loss, shape of `x`"
     def one(a, b):
         z = a.to(self.dev).requires_grad_()
         with torch.enable_grad(): return input_grad(loss(self.net(z), b.to(self.dev)).sum(), z).cpu()
