@@ -110,7 +110,7 @@ def _passes(
     t,u = min(5 if l1 else 9, n_classes-1),min(9, n_classes-1)
     p,r = 103 if l1 else 101,5 if plus or l1 else 1
     f   = 5 if plus else 1
-    table = {'apgd-ce':(p*r+1, p*r), 'apgd-dlr':(p*r+1, p*r), 'apgd-t':((p+1)*t+1, p*t), 'square':(5001, 0),
+    table = {'apgd-ce':(p*r+1, p*r), 'apgd-dlr':(p*r+1, p*r), 'apgd-t':((p+1)*t+1, p*t), 'square':(5003, 0),
              'fab':(202*f+1, 100*n_classes*f), 'fab-t':(203*u+1, 100*u)}
     run,_ = _narrowed(_asked(version, attacks, norm, 'batch'), n_classes, '')
     return {a: (table[a][0]+10, table[a][1]) for a in run}   # 10: the checks of the package, and ours

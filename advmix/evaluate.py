@@ -62,8 +62,8 @@ def pulled(self:_Probe, out, z, g):
     "The gradient of `(g*out).sum()` in `z`; zero where the network gives none"
     self.backwards,res = self.backwards+len(g),None
     try:
-        if out.requires_grad: res, = torch.autograd.grad(out, z, g, retain_graph=True, allow_unused=True)
-        if res is None: self.blind = self.blind or 'the path from pixels to logits is cut'
+        if out.requires_grad: res, = torch.autograd.grad(out, z, g, retain_graph=True)
+        else: self.blind = self.blind or 'the path from pixels to logits is cut'
     except RuntimeError as e:
         if isinstance(e, torch.cuda.OutOfMemoryError): raise
         self.blind = f'its backward pass fails: {str(e).splitlines()[0]}'
