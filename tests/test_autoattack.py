@@ -154,14 +154,16 @@ def test_two_and_three_classes_narrow_it(data):
 
 def test_what_can_not_be_run_is_refused(data):
     x,y = data[0][:4],torch.zeros(4, dtype=torch.long)
-    with pytest.raises(ValueError, match='add square'): autoattack(mlp(3).eval(), x, mlp(3).eval()(x).argmax(1), .05, attacks=('apgd-t',), **quiet)
+    m = mlp(3).eval()
+    with pytest.raises(ValueError, match='add square'): autoattack(m, x, m(x).argmax(1), .05, attacks=('apgd-t',), **quiet)
     class One(nn.Module):
         def forward(self, x): return x.flatten(1)[:,:1]
     with pytest.raises(ValueError, match='one class'): autoattack(One(), x, y, .05, **quiet)
     assert _narrowed(_asked('plus', None, 'linf', 'batch'), 3, '')[0]==['apgd-ce','apgd-dlr','fab','square','fab-t']
 
 def test_names():
-    assert _name('standard', ['square'])=='autoattack (square only)' and _name('plus', _asked('plus', None, 'l2', 'batch'))=='autoattack-plus'
+    assert _name('standard', ['square'])=='autoattack (square only)'
+    assert _name('plus', _asked('plus', None, 'l2', 'batch'))=='autoattack-plus'
 
 @pytest.mark.parametrize('defence', [Detached, ThroughNumpy, ThroughJPEG])
 def test_without_gradients_square_still_runs(defence, plain, test):
@@ -244,7 +246,8 @@ def test_leaves_no_trace(where, data):
     def count(*a):
         calls.append(1)
         if where=='interrupted' and len(calls)==40: raise KeyboardInterrupt
-    look = lambda: ([t.clone() for t in m.state_dict().values()], [k.training for k in m.modules()], [p.requires_grad for p in m.parameters()])
+    flags = lambda: [k.training for k in m.modules()]+[p.requires_grad for p in m.parameters()]
+    look  = lambda: ([t.clone() for t in m.state_dict().values()], flags())
     before,rng,h = look(),torch.get_rng_state(),m.register_forward_hook(count)
     old = sys.gettrace()
     sys.settrace(tracer)

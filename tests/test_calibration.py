@@ -5,7 +5,8 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
-from advmix.calibration import _Temperature, _scores, calibrate, calibration_row, ece, _fit_temperature as fit_temperature, plot_reliability, _reliability as reliability
+from advmix.calibration import _Temperature, _scores, calibrate, calibration_row, ece, plot_reliability
+from advmix.calibration import _fit_temperature as fit_temperature, _reliability as reliability
 from advmix.data import digits_dls, split_tensors
 
 @pytest.fixture(scope='module')

@@ -76,13 +76,15 @@ def test_a_state_dict_may_hold_anything(plain, test, tmp_path):
 
 # --- what is handled, what is refused ---
 
-@pytest.mark.parametrize('f', [lambda m,x,y: clean(m, x, y), lambda m,x,y: attacked(m, x, y), lambda m,x,y: autoattack(m, x, y, **quiet),
-                               lambda m,x,y: sanity(m, x, y), lambda m,x,y: eps_curve(m, x, y)], ids='clean attacked autoattack sanity curve'.split())
+doors = dict(clean=clean, attacked=attacked, autoattack=lambda m,x,y: autoattack(m, x, y, **quiet), sanity=sanity, curve=eps_curve)
+
+@pytest.mark.parametrize('f', doors.values(), ids=doors)
 @pytest.mark.parametrize('bad,word', [
     (lambda m,x,y: (m, (x-.5)/.2, y), 'on_pixels'), (lambda m,x,y: (m, (x*255).byte(), y), '255'),
     (lambda m,x,y: (m, x/0*0, y), 'NaN'), (lambda m,x,y: (nn.Sequential(m, nn.Softmax(1)), x, y), 'softmax'),
-    (lambda m,x,y: (m, x, y+1), 'outside 0..9'), (lambda m,x,y: (m, x, y[:-1]), 'same number'), (lambda m,x,y: (m, x[:0], y[:0]), 'at least one'),
-    (lambda m,x,y: (nn.Sequential(m, nn.Unflatten(1,(2,5))), x, y), 'logits'), (lambda m,x,y: (m, x, F.one_hot(y,10).float()), 'class numbers'),
+    (lambda m,x,y: (m, x, y+1), 'outside 0..9'), (lambda m,x,y: (m, x, y[:-1]), 'same number'),
+    (lambda m,x,y: (m, x[:0], y[:0]), 'at least one'), (lambda m,x,y: (m, x, F.one_hot(y,10).float()), 'class numbers'),
+    (lambda m,x,y: (nn.Sequential(m, nn.Unflatten(1,(2,5))), x, y), 'logits'),
     (lambda m,x,y: (Tuple(m), x, y), 'tuple'), (lambda m,x,y: (nn.Sequential(m, nn.Threshold(1e9, math.nan)), x, y), 'NaN')])
 def test_bad_input_gets_one_sentence(f, bad, word, plain, test):
     with pytest.raises(ValueError, match=word) as e: f(*bad(plain, *test))
@@ -192,7 +194,7 @@ def test_networks_without_gradient_are_evaluated_and_flagged(defence, plain, tes
     assert any('no gradient' in f for f in eps_curve(m, *test, [0,.1], steps=2).flags)
 
 def test_nan_gradients_lead_nowhere_but_do_not_end_it(plain, test):
-    v = attacked(Nans(plain), *test, Threat(eps=.1, steps=3))
+    v = attacked(Nans(plain), *test, Threat(eps=.1, steps=3, norm='l2'))
     assert v.accuracy>.8 and torch.isfinite(v.adv).all() and not v.flags   # no candidate is NaN, so none is refused
 
 def test_faults_of_the_network_itself_are_not_swallowed(test):

@@ -8,7 +8,8 @@ from torch import nn
 from advmix.data import digits_dls, split_tensors
 from advmix.data import photos
 from advmix.models import Normalize, on_pixels
-from advmix.occlusion import _orders, _pixels, _occlude as occlude, occlusion_rows, _patch_masks as patch_masks, _plot_occlusion as plot_occlusion
+from advmix.occlusion import _orders, _pixels, occlusion_rows
+from advmix.occlusion import _occlude as occlude, _patch_masks as patch_masks, _plot_occlusion as plot_occlusion
 
 def occlusion_row(model, x, y, ratio, **kw): return occlusion_rows(model, x, y, [ratio], **kw)[0]
 

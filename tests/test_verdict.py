@@ -22,7 +22,8 @@ def test_parts_are_whole_batches_and_cover_all(n, k, bs):
 def test_merge_adds_costs_and_joins_images():
     stage = lambda a,f: [dict(name='s', accuracy=a, seconds=1., forwards=f, backwards=2)]
     a = verdict([1,0], adv=torch.zeros(2,1,2,2), seconds=1., forwards=3, backwards=1, flags=['x'], stages=stage(.5, 5), by=['','clean'])
-    b = verdict([1,1,0], adv=torch.ones(3,1,2,2), seconds=2., forwards=4, backwards=0, flags=['x','y'], stages=stage(2/3, 7), by=['','','s'])
+    b = verdict([1,1,0], adv=torch.ones(3,1,2,2), seconds=2., forwards=4, backwards=0, flags=['x','y'],
+                stages=stage(2/3, 7), by=['','','s'])
     v = Verdict.merge([a, b])
     assert v.stands.tolist()==[True,False,True,True,False] and v.by==['','clean','','','s'] and v.flags==['x','y']
     assert (v.seconds,v.forwards,v.backwards)==(3.,7,1) and v.adv.shape==(5,1,2,2) and v.adv[1].sum()==0 and v.adv[2].sum()==4

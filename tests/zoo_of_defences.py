@@ -56,7 +56,7 @@ class DeadZone(Around):
         return q+F.softshrink(x-q, .012)*(1/32)/(1/32-.012)
 
 class Thermometer(nn.Module):
-    "Each pixel as twenty flags, 'is it above' (Buckman et al. 2018); the first layer's weights are spread over them, so no layer sees an image"
+    "Each pixel as twenty flags, 'is it above' (Buckman et al. 2018); the first layer's weights are spread over them"
     def __init__(self, net, levels=20):
         super().__init__()
         conv = net[0]
