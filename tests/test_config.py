@@ -11,7 +11,9 @@ def test_json_round_trip():
     d = Config.from_json(c.to_json())
     assert d==c and (d.ratio, d.where, d.epochs, d.seed)==('kl','shared',3,4)
 
-@pytest.mark.parametrize('wrong', [dict(epochs=.5), dict(bs=float('inf')), dict(n_mix='x'), dict(eps=0), dict(method='nothing'), dict(seed='a')])
+wrong = [dict(epochs=.5), dict(bs=float('inf')), dict(n_mix='x'), dict(eps=0), dict(method='nothing'), dict(seed='a')]
+
+@pytest.mark.parametrize('wrong', wrong)
 def test_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): Config(**wrong)
 
