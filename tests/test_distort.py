@@ -14,15 +14,6 @@ def constants(scale): return {k: v[[*SCALES].index(scale)] for k,v in SEVERITIES
 
 CIFAR_C = constants('CIFAR-C')
 
-@pytest.fixture(scope='module')
-def tiles():
-    "48 pieces of two photographs, 32 pixels a side"
-    cut = lambda p: p.unfold(1,32,32).unfold(2,32,32).permute(1,2,0,3,4).reshape(-1,3,32,32)[::3]
-    return torch.cat([cut(p) for p in data.photos(288, 2)])[:48]
-
-@pytest.fixture(scope='module')
-def digits(): return data.split_tensors(data.digits_dls(), n=60)
-
 def uint8(x): return (x*255).round().byte().permute(0,2,3,1).numpy()
 
 def rms(x, name, source='built-in'):
