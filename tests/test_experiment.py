@@ -252,13 +252,15 @@ def test_runs_at_a_time_are_equal_to_one_after_the_other(tmp_path, capfd):
     if torch.get_num_threads()==1: assert a.equals(b)
     assert [r.config.where for r in map(Run, sorted((tmp_path/'b').glob('*-0')))]==['mix','endpoints']
 
-def test_specs():
+def test_specs(tmp_path, monkeypatch):
     assert Config.from_spec('aom:ratio=ce:steps=3:ema=1', eps=.1)==Config('aom', ratio='ce', steps=3, ema=True, eps=.1)
     for spec,says in {'aom:rate=1': 'not a setting', 'aom:seed=1': 'not a setting', 'aom:steps=': 'whole number',
         'aom:ema=maybe': '1 or 0', 'best': 'choose one of'}.items():
         with pytest.raises(ValueError, match=says): Config.from_spec(spec)
     assert [*Config.sweep(['vanilla', 'pgd:steps=2', ' vanilla'], 2)]==['vanilla-0','vanilla-1','pgd,steps=2-0','pgd,steps=2-1']
-    assert [*Config.sweep(['pgd:data=../../tmp'])]==['pgd,data=..,..,tmp-0']   # one folder, here
+    for o in ('photos','work'): (tmp_path/o).mkdir()
+    monkeypatch.chdir(tmp_path/'work')
+    assert [*Config.sweep(['pgd:data=../photos'])]==['pgd,data=..,photos-0']   # one folder, here
 
 def test_the_command_of_a_config_makes_the_same_config(monkeypatch):
     from advmix import cli
