@@ -44,7 +44,7 @@ class _Players(Companion):
     def networks(self): return [] if self.of.game is None else [self.of.teacher, self.of.game.generator]
     def state(self):
         if self.of.game is None: return {}
-        terms = {k for m in self.of.means for k in m}
+        terms = dict.fromkeys(k for m in self.of.means for k in m)   # in the order they came: a set has none
         means = {f'means.{k}':torch.tensor([m.get(k, math.nan) for m in self.of.means]) for k in terms}
         return self.of.game.state_dict() | means
     def load_state(self, state):

@@ -54,6 +54,10 @@ def test_saved_loaded_and_plain_files(dls, cb, tmp_path):
     for part in ('generator', 'teacher'): assert torch.equal(*(flat(getattr(game(l), part)) for l in (learn, new)))
     means = (next(c for c in l.cbs if isinstance(c, GameCallback)).means for l in (learn, new))
     assert game(new).k==game(learn).k and all(abs(a[k]-b[k])<1e-5 for a,b in zip(*means) for k in a)
+    keys = [list(l.model.state_dict()) for l in (learn, new)]
+    assert keys[0]==keys[1]
+    terms = [k.rpartition('.')[2] for k in keys[0] if '.means.' in k]
+    assert terms==list(next(c for c in learn.cbs if isinstance(c, GameCallback)).means[0])   # not in the order of a set
     plain = learner(dls, path=tmp_path)
     plain.load('g', strict=False)
     plain.save('c')

@@ -1,0 +1,148 @@
+"""Adversarial training on few colour images: every arm with the same average, at its best epoch and at its last
+
+    python adversarial.py train DATA OUT --arms pgd,aom --seeds 0,1    # weights and curves into OUT/ARM-SEED/
+    python adversarial.py judge DATA OUT --arms pgd,aom --seeds 0,1    # test images: clean, PGD-20, APGD-CE and APGD-T
+    python adversarial.py collect DATA OUT results/cifar_aom.json      # one file of all that was judged
+
+DATA is an `.npz` with `x_train`, `y_train`, `x_test`, `y_test` (uint8, NCHW) and the names of the classes in
+CIFAR-10's order, or "cifar10", which fastai downloads. What is there already is not made again."""
+import argparse, json, math, platform, time
+from pathlib import Path
+import numpy as np, torch
+from fastai.callback.core import Callback
+from fastai.callback.schedule import fit_one_cycle
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from torch import nn
+from advmix.attack import Threat
+from advmix.autoattack import autoattack
+from advmix.callbacks import AOMCallback, IATCallback, PGDCallback
+from advmix.data import data_stats, split_tensors, tensor_dls
+from advmix.ema import Average
+from advmix.evaluate import attacked, clean
+from advmix.files import get_dls
+from advmix.mix import CutMix
+from advmix.models import get_model
+
+VOCAB = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+NETS  = ['student_last', 'student_best', 'average_last', 'average_best']
+EPS   = 8/255
+
+def matched_smoothing(nats=.45, n=10):
+    "Label smoothing with the mean entropy of MixUp's labels: half a nat for the nine pairs of ten that differ in class"
+    lo,hi = 0.,.9
+    for _ in range(60):
+        s   = (lo+hi)/2
+        p,q = 1-s+s/n,s/n
+        if -p*math.log(p)-(n-1)*q*math.log(q)<nats: lo = s
+        else: hi = s
+    return s
+
+def arms(steps):
+    "Name -> the callbacks that make it"
+    at  = dict(eps=EPS, step=EPS/4, steps=steps)
+    one = dict(eps=EPS, step=EPS, steps=1, random_start=2., confine=False)   # N-FGSM (de Jorge et al., 2022)
+    cut = CutMix(per_sample=True)
+    return dict(
+        pgd        = lambda: PGDCallback(**at),
+        pgd_ls     = lambda: PGDCallback(**at),                      # label smoothing instead of mixing
+        pgd_fast   = lambda: PGDCallback(**one),
+        mix_pgd    = lambda: AOMCallback(where='mix', **at),
+        cutmix_pgd = lambda: AOMCallback(where='mix', mixer=cut, **at),
+        iat        = lambda: IATCallback(**at),
+        aom        = lambda: AOMCallback(ratio='kl', **at),
+        aom_fixed  = lambda: AOMCallback(ratio='fixed', **at),       # the ratio stays, the endpoints move
+        aom_random = lambda: AOMCallback(ratio='random', **at),      # the ratio moves as far, to a random side
+        aom_shared = lambda: AOMCallback(where='shared', **at),
+        aom_fast   = lambda: AOMCallback(ratio='fixed', **one))
+
+class Curves(Callback):
+    "The average of the weights, and both networks on held-out images after every epoch; the best of each is kept"
+    order = 4
+    def __init__(self, x, y, folder): self.x,self.y,self.folder,self.rows = x,y,folder,[]
+    def before_fit(self):
+        self.avg  = Average(self.learn.model, n_steps=self.n_epoch*len(self.dls.train))
+        self.best = {}
+        self.t    = time.perf_counter()
+    def before_batch(self):
+        if self.training and self.iter>=self.n_iter-20: self.avg.see(self.xb[0].as_subclass(torch.Tensor))
+    def after_step(self): self.avg.update(self.learn.model)
+    def after_epoch(self):
+        row = dict(epoch=self.epoch, seconds=round(time.perf_counter()-self.t, 1))
+        for name,net in dict(student=self.learn.model, average=self.avg.net).items():
+            r   = attacked(net, self.x, self.y, Threat(EPS, steps=10), bs=400).accuracy
+            row = row | {f'{name}_clean': clean(net, self.x, self.y).accuracy, f'{name}_pgd10': r}
+            torch.save(net.state_dict(), self.folder/f'{name}_last.pt')
+            if r>self.best.get(name, -1):
+                self.best[name] = r
+                torch.save(net.state_dict(), self.folder/f'{name}_best.pt')
+        self.rows.append(row)
+        print(self.folder.name, row, flush=True)
+
+def loaders(data, bs, seed):
+    if data=='cifar10': return get_dls(data, bs=bs, seed=seed, augment=True)
+    d = np.load(data)
+    return tensor_dls(d['x_train'], d['y_train'], x_test=d['x_test'], y_test=d['y_test'], bs=bs, vocab=VOCAB, seed=seed, augment=True)
+
+def write(file, d):
+    tmp = file.with_suffix('.tmp')
+    tmp.write_text(json.dumps(d))
+    tmp.replace(file)
+
+def train(arm, seed, a):
+    folder = Path(a.out)/f'{arm}-{seed}'
+    if (folder/'train.json').exists(): return
+    folder.mkdir(parents=True, exist_ok=True)
+    set_seed(seed, reproducible=True)
+    dls   = loaders(a.data, a.bs, seed)
+    m,s   = data_stats(dls)
+    spec  = dict(arch=a.arch, n_classes=10, c_in=3, size=32, mean=m, std=s)
+    x,y   = split_tensors(dls, 'valid', 400)
+    seen  = Curves(x, y, folder)
+    loss  = nn.CrossEntropyLoss(label_smoothing=matched_smoothing() if arm=='pgd_ls' else 0.)
+    learn = Learner(dls, get_model(**spec).to(memory_format=torch.channels_last), loss_func=loss, cbs=[arms(a.steps)[arm](), seen])
+    t     = time.perf_counter()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
+    write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds), epochs=a.epochs, bs=a.bs, lr=a.lr,
+        steps=a.steps, eps=EPS, spec=spec, seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
+        python=platform.python_version(), threads=torch.get_num_threads()))
+
+def judge(arm, seed, a):
+    folder = Path(a.out)/f'{arm}-{seed}'
+    if not (folder/'train.json').exists(): return print(folder, 'is not trained yet')
+    spec  = json.loads((folder/'train.json').read_text())['spec']
+    dls   = loaders(a.data, a.bs, seed)
+    x,y   = split_tensors(dls, 'test')
+    xs,ys = split_tensors(dls, 'test', a.n_attack)
+    for name in a.nets.split(','):
+        file = folder/f'judged_{name}{"_full" if a.full else ""}.json'
+        if file.exists(): continue
+        net = get_model(**spec).to(memory_format=torch.channels_last)
+        net.load_state_dict(torch.load(folder/f'{name}.pt', weights_only=True))
+        net.eval()
+        if a.full: vs = [autoattack(net, xs, ys, EPS, bs=250, progress=False)]
+        else: vs = [clean(net, x, y), attacked(net, xs, ys, Threat(EPS, steps=20), name='pgd20', bs=500),
+                    autoattack(net, xs, ys, EPS, attacks=('apgd-ce','apgd-t'), bs=500, progress=False)]
+        write(file, [dict(arm=arm, seed=seed, net=name) | v.row() | dict(stands=''.join('01'[int(b)] for b in v.stands)) for v in vs])
+        print(folder.name, name, {v.name: round(100*v.accuracy, 1) for v in vs}, flush=True)
+
+def collect(a):
+    of      = lambda glob: [json.loads(f.read_text()) for f in sorted(Path(a.out).glob(glob))]
+    trained = of('*/train.json')
+    rows    = [r for rs in of('*/judged_*.json') for r in rs]
+    write(Path(a.to), dict(trained=trained, judged=rows))
+    print(f'{len(trained)} trainings and {len(rows)} rows in {a.to}')
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for o,h in dict(do='train, judge or collect', data='an .npz, or cifar10', out='folder of the runs').items(): p.add_argument(o, help=h)
+    p.add_argument('to', nargs='?', help='collect: the file to write')
+    for o,v in dict(arms='pgd,aom', seeds='0', epochs=20, lr=.015, bs=128, arch='convnet_s', steps=5, n_attack=500, nets=','.join(NETS)).items():
+        p.add_argument(f'--{o}', default=v, type=type(v), help=f'{v} if not given')
+    p.add_argument('--full', action='store_true', help='judge: all four attacks of AutoAttack')
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    if a.do=='collect': collect(a)
+    else:
+        for seed in a.seeds.split(','):
+            for arm in a.arms.split(','): dict(train=train, judge=judge)[a.do](arm, int(seed), a)
