@@ -210,8 +210,10 @@ def _cascade(net, x, y, s, job, n_classes, save, bar):
 class _Bar:
     "Progress in forward passes: those done, and at most those that images still standing may need"
     def __init__(self, show):
-        self.bar = progress_bar(range(1000), parent=None if show is True else show) if show else None
-        self.done,self.rest = 0,1
+        self.call = show if callable(show) else None
+        bar = show and not self.call
+        self.bar = progress_bar(range(1000), parent=None if show is True else show) if bar else None
+        self.done,self.rest = 0,math.inf   # not known before `plan`
         self.show(0)
     def plan(self, s, blocks, job, cost):
         b,k  = divmod(s.stage, len(job.attacks))
@@ -222,6 +224,7 @@ class _Bar:
         self.done += n
         self.show(int(min(999, 1000*self.done//self.rest)))
     def show(self, k):
+        if self.call: self.call(k/1000)
         if self.bar is not None: self.bar.update(k)
 
 def _saver(s, path):
@@ -259,7 +262,7 @@ def autoattack(
     bs:int=250,             # Images per pass; larger is faster on a GPU, and draws other random numbers
     seed:int=0,             # Of the draws in every batch
     state=None,             # A file to resume from
-    progress=True,          # Show a bar: True, False, or a fastprogress `master_bar` to show it under
+    progress=True,          # A bar: True, False, a `master_bar` to show it under; or a function of the share done
     order:str='batch',      # 'batch': each batch through all attacks; 'attack': each attack over all images
 )->Verdict:                 # With `stages`, one per attack, `by` and `flags`
     "What stands after AutoAttack (arXiv 2003.01690) by its authors' code; `ValueError` says what the model lacks"

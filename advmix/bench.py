@@ -38,7 +38,7 @@ def bench(
     rounds:int=5,               # Steps measured per method
     amp:str='no',               # Half precision: no, fp16 or bf16
     channels_last:bool=False,   # Keep channels last in memory
-    compiled:bool=False,        # Compile the network
+    compile:bool=False,         # Compile the network
     peers:bool=False,           # Also time other implementations that are installed
     out:str=None,               # Write all numbers to this .json, and a figure beside it
     device:str=None,            # cpu, cuda, ...; a GPU if there is one
@@ -54,11 +54,12 @@ def bench(
     device = str(device or default_device())
     load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
     here = dict(arch=arch, size=size, bs=bs, steps=steps, rounds=rounds, amp=amp, channels_last=channels_last,
-                compiled=compiled, device=torch.cuda.get_device_name() if device.startswith('cuda') else device,
+                compile=compile, device=torch.cuda.get_device_name() if device.startswith('cuda') else device,
                 torch=torch.__version__, threads=torch.get_num_threads(), load=load)
     print(', '.join(f'{k} {v}' for k,v in here.items()), '\n')
     names = [m.strip() for m in methods.split(',') if m.strip()]
-    table = time_steps(names, rounds, amp, channels_last, compiled, device, arch=arch, size=size, bs=bs, steps=steps)
+    common = {k: here[k] for k in 'arch size bs steps amp channels_last compile'.split()}
+    table  = time_steps(names, rounds, device, **common)
     print(table.round(dict(MiB=0, images_s=1)).round(3).to_string())
     if {'pgd','aom'}<=set(table.index):
         print(f'\nan AOM step costs {table.seconds["aom"]/table.seconds["pgd"]:.3f} PGD steps')

@@ -7,6 +7,14 @@ __all__ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallb
            'MixedAccuracy', 'Companion', 'GameCallback']
 
 # %% ../nbs/43_callbacks.ipynb #4cecd74f
+import os, shutil
+import torch
+from fastcore.basics import patch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import to_bf16, to_fp16   # patch Learner
+from fastai.learner import Learner
+from fastai.torch_core import apply, get_model as bare
+from .core import *
 from .loop import *
 from .average import *
 from .game import *
@@ -14,3 +22,82 @@ from .game import *
 # %% ../nbs/43_callbacks.ipynb #32f4c66f
 _all_ = ['MixCallback', 'PGDCallback', 'AOMCallback', 'IATCallback', 'EMACallback', 'AutoMixCallback',
          'AdAutoMixCallback', 'MixedAccuracy', 'Companion', 'GameCallback']
+
+# %% ../nbs/43_callbacks.ipynb #f7b32561
+def _inside(mixer):
+    "Does it mix inside the network? A compiled one doesn't look at hooks"
+    return hasattr(mixer, 'layers') or any(_inside(m) for m in getattr(mixer, 'mixers', ()))
+
+def _compiled(net):
+    "What `net(x)` is to call: generated code"
+    net.compile()
+    call = net._compiled_call_impl
+    def f(*args, **kwargs):
+        attack = not net.training and torch.is_grad_enabled()   # its backward pass computes what it can: not the weights' too
+        own = [p for p in net.parameters() if p.requires_grad] if attack else []
+        try:
+            for p in own: p.requires_grad_(False)
+            return call(*args, **kwargs)
+        finally:
+            for p in own: p.requires_grad_()
+    return f
+
+class _Pace(Callback):
+    "Half precision on any device, memory format and compilation, while a fit lasts"
+    order,cast,compiled,of = 4.5,None,None,None   # after companions, before mixers
+    _stateattrs = 'cast','compiled','of'
+    def __init__(self, half, channels_last, compile):
+        self.half,self.channels_last,self.compile = half,channels_last,compile
+
+    def before_fit(self):
+        self.leave()
+        net = bare(self.learn.model)
+        if self.channels_last: net.to(memory_format=torch.channels_last)
+        if self.half: self.learn.one_batch = self.one_batch
+        if not self.compile: return
+        if any(_inside(getattr(cb, 'mixer', None)) for cb in self.learn.cbs):
+            raise ValueError('compile=True with a mixture inside the network, '
+                             'which compiled code passes by: leave it out')
+        tools = os.environ.get('CXX', 'c++'),'g++','clang++','cl'
+        if device_of(net).type=='cpu' and not any(map(shutil.which, tools)):
+            raise ValueError('compile=True needs a C++ compiler, and there is none here: leave it out')
+        if self.of is not net: self.of,self.compiled = net,_compiled(net)
+
+    def one_batch(self, i, b):
+        "A batch that leaves no autocast behind, whatever happens"
+        try: Learner.one_batch(self.learn, i, b)
+        finally: self.leave()
+    def before_batch(self):
+        if not self.half: return
+        self.cast = torch.autocast(device_of(bare(self.learn.model)).type, dtype=torch.bfloat16)
+        self.cast.__enter__()
+    def after_pred(self): self.learn.pred = apply(at_least_float32, self.pred) if self.half else self.pred
+    def after_loss(self): self.leave()
+    def leave(self):
+        if self.cast is not None: self.cast.__exit__(None, None, None)
+        self.cast = None
+
+    def before_train(self):    bare(self.learn.model)._compiled_call_impl = self.compiled
+    def before_validate(self): bare(self.learn.model)._compiled_call_impl = None   # or other batch sizes are compiled
+    def after_fit(self):
+        vars(self.learn).pop('one_batch', None)
+        net = bare(self.learn.model)
+        net._compiled_call_impl = None
+        if self.channels_last: net.to(memory_format=torch.contiguous_format)
+
+# %% ../nbs/43_callbacks.ipynb #734fa213
+@patch
+def pace(self:Learner,
+    amp:str='no',               # Half precision: 'no', 'bf16', or on a GPU 'fp16'
+    channels_last:bool=False,   # Keep the channels of images and weights last in memory
+    compile:bool=False,         # Compile the network for training and for the attacks in it
+)->Learner:                     # Itself
+    "Train faster where the machine is made for it; after a fit the network is as before; `ValueError` for what can't be"
+    cuda = device_of(bare(self.model)).type=='cuda' or getattr(self.dls.device, 'type', '')=='cuda'
+    if amp not in ('no','fp16','bf16'): raise ValueError(f'amp={amp!r}: choose no, fp16 or bf16')
+    if amp=='fp16' and not cuda:
+        raise ValueError("amp='fp16': its range needs a CUDA GPU to be of use; elsewhere take bf16, or leave it out")
+    self.remove_cbs([cb for cb in self.cbs if isinstance(cb, _Pace)])
+    if amp!='no' and cuda: self.to_fp16() if amp=='fp16' else self.to_bf16()
+    half = amp=='bf16' and not cuda
+    return self.add_cb(_Pace(half, channels_last, compile)) if half or channels_last or compile else self

@@ -43,7 +43,9 @@ class Config:
         c:float=None,           # adautomix: strength of the adversary; beta if balanced, 1 if printed
         n_mix:int=3,            # adautomix: images in each mixture
         ema:bool=False,         # Average the weights too, and report both networks
-        amp:str='no',           # Half precision on a GPU: no, fp16 or bf16
+        amp:str='no',           # Half precision in training: no, bf16, or on a GPU fp16
+        channels_last:bool=False, # Keep channels last in memory while training
+        compile:bool=False,     # Compile the network for training
         seed:int=0,             # Seed of everything
         suite:str='standard',   # What the report measures: quick, standard, full, or jobs such as clean,pgd20,autoattack
         n_eval:int=None,        # How many test images to attack; all
@@ -174,6 +176,35 @@ def from_spec(cls:Config,
                              f'{k!r} is not a setting, choose among {", ".join(k for k in _settings if k not in ("method","seed"))}')
         settings[k] = _parsed(spec, k, v)
     return cls(method=method, **settings)
+
+# %% ../nbs/68_config.ipynb #3b479774
+@patch
+def to_yaml(self:Config)->str:
+    "The config as YAML"
+    import yaml
+    return yaml.safe_dump(vars(self), sort_keys=False)
+
+def _loaded(path):
+    "What a JSON or YAML file holds; `ValueError` if it can't be read as one"
+    import yaml
+    text = Path(path).read_bytes()
+    try: return yaml.safe_load(text) if Path(path).suffix in ('.yaml','.yml') else json.loads(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as e:
+        raise ValueError(f'{path} cannot be read as {"YAML" if Path(path).suffix!=".json" else "JSON"} '
+                         f'({str(e).splitlines()[0][:80]})') from None
+
+@patch(cls_method=True)
+def read(cls:Config,
+    path=None,  # A JSON file, or YAML if its name ends in .yaml or .yml; None: no file
+)->dict:        # Name -> value, to be given to `Config`
+    "The settings in a file; `ValueError` names those that don't exist"
+    d = {} if path is None else _loaded(path)
+    if not isinstance(d, dict): raise ValueError(f'{path} holds no settings: write name: value, one in a line')
+    if new := [k for k in d if k not in _settings]:
+        raise ValueError(f'{path}: {", ".join(map(repr, new))} is not a setting, choose among {", ".join(_settings)}')
+    if d.get('amp') is False: d['amp'] = 'no'   # YAML's no
+    text = lambda k,v: isinstance(v, str) and _settings[k].annotation is not str
+    return {k: _parsed(str(path), k, v) if text(k, v) else v for k,v in d.items()}
 
 # %% ../nbs/68_config.ipynb #2c7f6d06
 @patch(cls_method=True)

@@ -9,18 +9,19 @@ __all__ = ['time_steps', 'time_peers', 'predict_hours']
 import copy, os, random
 from functools import partial
 from time import perf_counter
+from types import SimpleNamespace
 import pandas as pd, torch
 from torch import profiler
 from torch.utils.flop_counter import FlopCounterMode
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix as FastaiCutMix, MixUp as FastaiMixUp
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import default_device
 from .core import *
 from .data import *
 from .models import *
+from .callbacks import *
 from .methods import *
 from .config import *
 
@@ -68,25 +69,15 @@ def _peak(f, device):
     return torch.cuda.max_memory_allocated(device)-before
 
 # %% ../nbs/72_cost.ipynb #b415f7d8
-class _BFloat16(Callback):
-    "fastai's `MixedPrecision` works on GPUs alone; this needs no scaling and works anywhere"
-    order = 4   # before the mixing, so that attacks run in it
-    def before_batch(self):
-        self.cast = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
-        self.cast.__enter__()
-    def after_loss(self): self.cast.__exit__(None, None, None)
-
-def _learner(c, amp, channels_last, compiled, device):
-    "A Learner that trains batches of noise with the method of the config `c`"
+def _learner(c, device, compiled=True):
+    "A Learner that trains batches of noise with the method of the config `c`; compiled if both say so"
     x,y = torch.rand(2*c.bs, 3, c.size, c.size),torch.arange(2*c.bs)%10
     dls = tensor_dls(x, y, x[:1], y[:1], x[:1], y[:1], bs=c.bs, vocab=range(10), in_memory='device')
     dls.to(device)
-    net  = get_model(c.arch, 10, 3, c.size).to(device)
-    if compiled: net.compile()
-    cbs  = [*METHODS[c.method](c), _Stopwatch()]
-    if amp!='no': cbs.append(_BFloat16() if amp=='bf16' else MixedPrecision(amp_mode=amp))
-    if channels_last: cbs.append(ChannelsLast())
-    return Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=cbs)
+    net = get_model(c.arch, 10, 3, c.size).to(device)
+    cbs = [*METHODS[c.method](c), _Stopwatch()]
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=cbs)
+    return learn.pace(c.amp, c.channels_last, c.compile and compiled)
 
 def _fit(learn, n=2):
     "A fit of `n` batches; the seconds of the last"
@@ -98,19 +89,16 @@ def _fit(learn, n=2):
 def time_steps(
     methods,                # Names in `METHODS`; settings of `Config` may follow, as in "pgd:steps=1"
     rounds:int=5,           # Steps measured per method, after one that isn't
-    amp:str='no',           # "no", "fp16" or "bf16"
-    channels_last:bool=False, # Keep the channels of images and weights last in memory
-    compiled:bool=False,    # Compile the network
     device=None,            # A torch device; None: a GPU if there is one
-    **settings,             # `arch`, `size`, `bs`, `steps` and others of `Config`, for all methods
+    **settings,             # `arch`, `size`, `bs`, `steps`, `amp` and others of `Config`, for all methods
 )->pd.DataFrame:            # One row per method; `steps` and `floor` in ordinary steps, the first row being one
     "What a training step of each method takes, beside its counted floor; `ValueError` for unknown methods or settings"
     device   = torch.device(device or default_device())
     settings = dict(arch='resnet18', size=32, bs=16, steps=3, eps=8/255)|settings
     configs  = {m: Config.from_spec(m, **settings) for m in dict.fromkeys(['vanilla', *methods])}
-    learners = {m: _learner(c, amp, channels_last, compiled, device) for m,c in configs.items()}
+    learners = {m: _learner(c, device) for m,c in configs.items()}
     res = _by_turns({m: partial(_fit, learn) for m,learn in learners.items()}, rounds)
-    if compiled: learners = {m: _learner(c, amp, channels_last, False, device) for m,c in configs.items()}
+    learners |= {m: _learner(c, device, compiled=False) for m,c in configs.items() if c.compile}   # to look into
     flops = {m: _flops(lambda: _fit(learn))-_flops(lambda: _fit(learn, 1)) for m,learn in learners.items()}
     peaks = {m: _peak(lambda: _fit(learn), device)/2**20 for m,learn in learners.items()}
     res['steps']      = res.seconds/res.seconds['vanilla']
@@ -154,17 +142,26 @@ def _attack_peers(net, x, y, steps):
     return fs
 
 def _mix_peers(x, y):
-    "MixUp and CutMix by us, torchvision and timm; theirs make the soft labels as well, so ours do"
+    "MixUp and CutMix by us, torchvision, timm and fastai; all but the last make the soft labels as well"
     from advmix.mix import CutMix, MixUp
     from torchvision.transforms import v2
     ours = lambda mixer: lambda: mixer(x, y).soft(y, 10)
     fs = {('MixUp','advmix'): ours(MixUp()), ('CutMix','advmix'): ours(CutMix())}
     for cls in (v2.MixUp, v2.CutMix): fs[cls.__name__,'torchvision'] = partial(cls(num_classes=10), x, y)
+    fs['MixUp','fastai'],fs['CutMix','fastai'] = _fastai(FastaiMixUp(1.), x, y),_fastai(FastaiCutMix(1.), x, y)
     try: from timm.data import Mixup
     except ImportError: return fs
     timm = lambda **kw: lambda f=Mixup(num_classes=10, label_smoothing=0., **kw): f(x.clone(), y)   # works in place
     fs['MixUp','timm'],fs['CutMix','timm'] = timm(mixup_alpha=1.),timm(mixup_alpha=0., cutmix_alpha=1.)
     return fs
+
+def _fastai(cb, x, y):
+    "fastai's callback as it works on one batch; it leaves the labels to its loss, and CutMix writes into `x`"
+    cb.stack_y,cb.learn = True,SimpleNamespace(xb=(x,), yb=(y,), x=x, y=y)
+    def f():
+        cb.learn.xb,cb.learn.x = (x.clone() if isinstance(cb, FastaiCutMix) else x,),x
+        cb.before_batch()
+    return f
 
 # %% ../nbs/72_cost.ipynb #3ece26de
 def time_peers(

@@ -6,20 +6,21 @@
 __all__ = ['run', 'compare_runs', 'table', 'plot_compare']
 
 # %% ../nbs/70_experiment.ipynb #82d33a74
-import io, math, os, re, signal, sys
-from contextlib import nullcontext, suppress
-from functools import partial
+import atexit, io, math, os, re, signal, sys
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 import matplotlib.pyplot as plt
 import pandas as pd, torch
 from fastcore.basics import noop
-from fastai.callback.fp16 import to_bf16, to_fp16   # patch Learner
-from fastai.callback.schedule import fit_one_cycle   # likewise
+from fastai.callback.core import Callback
+from fastai.callback.schedule import fit_one_cycle   # patches Learner
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.torch_core import default_device, get_model as bare, set_seed
+from fastai.torch_core import default_device, get_model as bare, num_distrib, rank_distrib, set_seed
 from .data import *
 from .files import *
 from .models import *
@@ -31,14 +32,11 @@ from .config import *
 from .folder import *
 
 # %% ../nbs/70_experiment.ipynb #d2500ac9
-def _learner(config, run, device=None):
-    "The `Learner` of a run, and the arguments of `get_model` that built its network"
+def _learner(config, run, device=None, n=1):
+    "The `Learner` of a run in one of `n` processes, and the arguments of `get_model` that built its network"
     device = torch.device(device or default_device())
-    if config.amp!='no' and device.type!='cuda':
-        raise ValueError(f'amp={config.amp!r}: half precision needs a CUDA GPU, and this run is on {device.type}: '
-                         f'leave it out')
     set_seed(config.seed, reproducible=True)
-    dls  = get_dls(config.data, bs=config.bs, seed=config.seed, size=config.size).to(device)
+    dls  = get_dls(config.data, bs=config.bs//n, seed=config.seed, size=config.size).to(device)
     m,s  = data_stats(dls, 2000)
     spec = dict(arch=config.arch, n_classes=len(dls.vocab), c_in=len(m), size=config.size, mean=m, std=s)
     cbs  = METHODS[config.method](config)
@@ -46,16 +44,132 @@ def _learner(config, run, device=None):
         cbs.append(EMACallback())   # a game has its average already
     learn = Learner(dls, get_model(**spec), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=run.folder,
                     cbs=[*cbs, run.checkpoint(100*math.log(len(dls.vocab)))])
-    if config.amp!='no': learn.to_fp16() if config.amp=='fp16' else learn.to_bf16()
-    return learn,spec
+    return learn.pace(config.amp, config.channels_last, config.compile),spec
 
 # %% ../nbs/70_experiment.ipynb #6b8ee914
-def _print_row(learn, row):
+def _seconds(s): return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
+
+def _print_row(names, row):
     "One line of the training table, the names above the first, columns as wide as the names"
-    names = list(learn.recorder.metric_names)
     for line in [names, row] if row[0]==0 else [row]:
         cells = (f'{v:>{max(len(n),6)}.4f}' if isinstance(v, float) else f'{v!s:>{max(len(n),6)}}' for n,v in zip(names, line))
         print('  '.join(cells), flush=True)
+
+class _Progress(Callback):
+    "A row per epoch and a line every half minute, with what remains"
+    order,every,begin = 61,30,None
+    def before_fit(self): self.learn.logger,self.said = self.row,perf_counter()
+    def before_batch(self):
+        if self.training and self.begin is None: self.begin = perf_counter(),self.pct_train   # not that of skipped epochs
+    def left(self):
+        if self.begin is None: return ''
+        t,share = self.begin
+        return _seconds((perf_counter()-t)/(self.pct_train-share)*max(0, 1-self.pct_train))
+    def after_batch(self):
+        if not self.training or perf_counter()-self.said<self.every: return
+        self.said = perf_counter()
+        at = f'epoch {self.epoch} of {self.n_epoch}, batch {self.iter+1} of {self.n_iter}'
+        print(f'{at}: {self.left()} left', flush=True)
+    def row(self, row):
+        self.said = perf_counter()
+        _print_row([*self.recorder.metric_names, 'left'], [*row, self.left()])
+
+# %% ../nbs/70_experiment.ipynb #20d08d01
+def _opening(learn, spec, c, ranks):
+    "Two lines: data and network"
+    n = [len(dl.dataset) for dl in learn.dls.loaders]
+    side,net = spec['size'],f'{sum(p.numel() for p in learn.model.parameters()):,} parameters'
+    where = f'{ranks.n} processes on {ranks.device.type}' if ranks.n>1 else str(ranks.device)
+    print(f'{c.method} on {c.data}: {n[0]} images for training, {n[1]} for validation, {n[-1]} for the test, '
+          f'{spec["c_in"]}×{side}×{side}, {spec["n_classes"]} classes')
+    print(f'{c.arch}, {net}, on {where}: {c.epochs} epochs of {c.bs} images a batch', flush=True)
+
+# %% ../nbs/70_experiment.ipynb #adee62dc
+class _Ranks:
+    "The processes that were started for one run, usually one; the first writes and speaks, the others end with it"
+    def __init__(self, device=None):
+        self.n,self.k = max(1, num_distrib()),rank_distrib()
+        self.device = torch.device(device or default_device())
+        self.cuda = self.device.type=='cuda'
+        if self.n>1 and self.cuda: self.device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', self.k)))
+
+    @contextmanager
+    def together(self):
+        "Inside, they can talk to each other; only the first comes out of it"
+        if self.n==1:
+            yield
+            return
+        try:
+            if self.cuda: torch.cuda.set_device(self.device)
+            if not torch.distributed.is_initialized(): self.join()
+            yield
+            torch.distributed.barrier()
+        except KeyboardInterrupt:
+            if self.k: raise SystemExit(130) from None
+            raise
+        if self.k: raise SystemExit(0)
+
+    def join(self):
+        "Once in a process"
+        group = 'cpu:gloo,cuda:nccl' if self.cuda else 'gloo'
+        torch.distributed.init_process_group(group, timeout=timedelta(days=1))   # others' attacks may take long
+        atexit.register(torch.distributed.destroy_process_group)
+
+    def first(self, f):
+        "What `f()` returns in the first process; where it fails the first one says why, and the others end"
+        if self.n==1: return f()
+        res = [None,False]
+        try:
+            if self.k==0: res = [f(),True]
+        finally: torch.distributed.broadcast_object_list(res, 0)
+        if not res[1]: raise SystemExit(0)
+        return res[0]
+
+    def each(self, f):
+        "What `f()` returns here; if it fails anywhere, the first that failed says why, and the others end"
+        if self.n==1: return f()
+        res,why = None,None
+        try: res = f()
+        except Exception as e: why = e
+        bad = [i for i,b in enumerate(self.gather(why is not None)) if b]
+        if not bad: return res
+        if bad[0]==self.k: raise why
+        raise SystemExit(0)
+
+    def gather(self, o):
+        "What each of them has, in a list"
+        res = [None]*self.n
+        torch.distributed.all_gather_object(res, o)
+        return res
+
+# %% ../nbs/70_experiment.ipynb #2880fa33
+def _divided(dl):
+    "The loader `dl`, of which each process gets its part"
+    from fastai.distributed import DistributedDL
+    class _Part(DistributedDL):
+        def _broadcast(self, t, rank):
+            t = torch.tensor(list(t), device=self.device)
+            torch.distributed.broadcast(t, rank)
+            return t.tolist()
+        def __len__(self): return self.n_own//self.bs if self.drop_last else -(-self.n_own//self.bs)
+        @property
+        def n_own(self): return -(-self.dl.n//self.world_size)
+    if isinstance(dl, DistributedDL): return dl
+    part = _Part(dl, device=dl.device)
+    if part.n_own<part.bs: part.drop_last = dl.drop_last = False
+    return part
+
+@contextmanager
+def _spread(learn, ranks):
+    "Inside, `learn` trains in all processes, and in the end the networks are equal"
+    if ranks.n==1:
+        yield
+        return
+    import fastai.distributed   # gives a Learner `distrib_ctx`
+    with learn.distrib_ctx(sync_bn=False, cpu=not ranks.cuda):
+        learn.distributed_trainer._wrap_dl = _divided
+        yield
+    for t in (*learn.model.parameters(), *learn.model.buffers()): torch.distributed.broadcast(t.data, 0)
 
 # %% ../nbs/70_experiment.ipynb #6772cebf
 def _plot_history(history):
@@ -76,24 +190,69 @@ def _png(fig):
     return f.getvalue()
 
 # %% ../nbs/70_experiment.ipynb #49084d32
-def _judge(r, nets, dls, progress=True):
+def _report(r, net, end, data, ranks, **kwargs):
+    "The report on one network, each process judging its part of the images"
+    c = r.config
+    suite = c.suite if c.suite in SUITES else c.suite.split(',')
+    n,part,own = min(c.n_eval or len(data[0]), len(data[0])),None,''
+    if ranks.n>1: part,own = (ranks.k+1, ranks.n),f'-{ranks.k}' if ranks.k else ''
+    rep = robust_report(net, data, eps=c.eps, suite=suite, n=c.n_eval, seed=c.seed, bs=min(500, max(1, n//ranks.n)),
+                        part=part, state=r.folder/f'autoattack{end}{own}.pth', **kwargs)
+    if 'interrupted' in rep.missing.values(): raise KeyboardInterrupt(f'{", ".join(rep.missing)} not measured')
+    return rep if ranks.n==1 else Report.merge(ranks.gather(rep))
+
+def _judge(r, nets, dls, ranks, progress=True):
     "Measure robustness of each network of a run and write `report.json` and the pictures"
     c,report = r.config,None
-    suite = c.suite if c.suite in SUITES else c.suite.split(',')
     data,vocab = split_tensors(dls),[str(o) for o in dls.vocab]
     for name,net in nets.items():
         end = name.removeprefix('model')
-        new = robust_report(net, data, eps=c.eps, suite=suite, n=c.n_eval, seed=c.seed, bs=500,
-                            vocab=vocab, state=r.folder/f'autoattack{end}.pth', progress=progress)
-        if 'interrupted' in new.missing.values(): raise KeyboardInterrupt(f'{", ".join(new.missing)} not measured')
+        new = _report(r, net, end, data, ranks, vocab=vocab, progress=progress)
         if report is None: report = new
         else:
             report.rows    += [o|dict(name=o['name']+end) for o in new.rows]
             report.missing |= {k+end: why for k,why in new.missing.items()}
+    if ranks.k: return
     report.config |= vars(c)
     Run.write_file(r.folder/'report.png',  _png(report.plot()[0].figure))
     Run.write_file(r.folder/'history.png', _png(_plot_history(r.history)))
     report.to_json(r.folder/'report.json')   # last: its presence says the run is finished
+
+# %% ../nbs/70_experiment.ipynb #bd35d88d
+def _found(config, out, resume, force, progress, ranks):
+    "The folder of a run, and whether it is finished"
+    r = Run.find(config, out, resume, force)
+    if ranks.n>1 and not find_spec('accelerate'):
+        raise ValueError('several processes need accelerate: pip install accelerate')
+    if config.bs%ranks.n: raise ValueError(f'bs={config.bs} cannot be divided among {ranks.n} processes: '
+                                           f'take a multiple of {ranks.n}')
+    if r.finished and not force:
+        with suppress(OSError):
+            r.tidy()   # it may have been killed between the report and the end, and be read-only now
+        return r,True
+    if resume and progress and not r.unfinished: print(f'{r.folder} holds nothing to go on with: starting', flush=True)
+    return r,False
+
+def _train(learn, spec, r, ranks, progress):
+    "Name -> trained network; `_ema` is the average"
+    bars = progress and sys.stdout.isatty()
+    if progress: _opening(learn, spec, r.config, ranks)
+    if not bars: learn.logger = noop
+    if progress and not bars: learn.add_cb(_Progress())
+    with nullcontext() if bars else learn.no_bar(), _spread(learn, ranks):
+        learn.fit_one_cycle(r.config.epochs, r.config.lr)
+    slow = [cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)]
+    return dict(model=bare(learn.model), **{'model_ema': net for net in slow})
+
+def _make_run(r, ranks, force, progress):
+    "Train and judge, and write everything down"
+    learn,spec = ranks.each(lambda: _learner(r.config, r, ranks.device, ranks.n))
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(r.at_work(force)) and None)
+        nets = _train(learn, spec, r, ranks, progress)
+        if not ranks.k:
+            for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
+        _judge(r, nets, learn.dls, ranks, progress and sys.stdout.isatty())
 
 # %% ../nbs/70_experiment.ipynb #c6675078
 def run(
@@ -104,33 +263,22 @@ def run(
     force:bool=False,   # Replace the run that is in the folder
     progress:bool=True, # Show epochs as they come, with bars in a terminal
 )->Run:                 # The finished run
-    "Train and judge one network, and write everything down; a finished run is opened, not repeated"
-    r = Run.find(config, out, resume, force)
-    if r.finished and not force:
-        with suppress(OSError):
-            r.tidy()   # it may have been killed between the report and the end, and be read-only now
-        return r
-    if resume and progress and not r.unfinished: print(f'{r.folder} holds nothing to go on with: starting', flush=True)
-    learn,spec = _learner(config, r, device)
-    bars = progress and sys.stdout.isatty()
-    if not bars: learn.logger = partial(_print_row, learn) if progress else noop
-    try:
-        with r.at_work(force):
-            with nullcontext() if bars else learn.no_bar(): learn.fit_one_cycle(config.epochs, config.lr)
-            slow = [cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)]
-            nets = dict(model=bare(learn.model), **{'model_ema': net for net in slow})
-            for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
-            _judge(r, nets, learn.dls, bars)
-    except ValueError as e:
-        raise ValueError(re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\s*', '', str(e))) from e   # fastai's words
-    except KeyboardInterrupt as e:
-        what = 'go on from the last epoch with resume=True' if r.unfinished else 'no epoch was finished, so nothing is kept'
-        raise KeyboardInterrupt(f'{e}; {what}' if str(e) else what) from None
+    "Train and judge one network and write everything down; a finished run is opened; of several processes one returns"
+    ranks = _Ranks(device)
+    with ranks.together():
+        r,there = ranks.first(lambda: _found(config, out, resume, force, progress, ranks))
+        try:
+            if not there: _make_run(r, ranks, force, progress and not ranks.k)
+        except ValueError as e:
+            fastais = r'^Exception occured in `\w+` when calling event `\w+`:\s*'
+            raise ValueError(re.sub(fastais, '', str(e))) from e
+        except KeyboardInterrupt as e:
+            what = 'no epoch was finished, so nothing is kept'
+            if r.unfinished: what = 'go on from the last epoch with resume=True'
+            raise KeyboardInterrupt(f'{e}; {what}' if str(e) else what) from None
     return r
 
 # %% ../nbs/70_experiment.ipynb #01122b69
-def _seconds(s): return f'{s:.0f} s' if s<100 else f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
-
 def _row(r, spec):
     "What a comparison keeps of a run"
     last = r.history.iloc[-1].filter(['mask_entropy'])
@@ -178,6 +326,8 @@ def compare_runs(
     "Make every run that isn't there yet; unfinished ones go on where they stopped; `ValueError` names the runs that failed"
     out = Path(out)
     if specs is None: return _written(_collected(out, progress), out)
+    if num_distrib()>1:
+        raise ValueError('a comparison makes processes of its own: start it without torchrun, with jobs=')
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f'jobs={jobs!r}: must be a positive whole number')
     sweep = Config.sweep(specs, seeds, **settings)
     made  = {n: Run.find(c, out/n, True, force).finished for n,(_,c) in sweep.items()}   # what is in the way is in the way now

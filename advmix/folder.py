@@ -6,7 +6,7 @@
 __all__ = ['save_model', 'load_model', 'Run']
 
 # %% ../nbs/69_folder.ipynb #9c2252d6
-import io, json, math, os, warnings
+import io, json, math, os, re, warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn, Tensor
 from fastai.callback.core import Callback, CancelEpochException
-from fastai.torch_core import get_model as bare, get_random_states, set_random_states, to_device
+from fastai.torch_core import (get_model as bare, get_random_states, num_distrib, rank_distrib, set_random_states,
+    to_device)
 from .models import *
 from .report import *
 from .config import *
@@ -95,7 +96,7 @@ class _Checkpoint(Callback):
         if hasattr(self.learn, 'gather_preds') or not self.path.exists(): return
         self.due  = self.read()
         self.rows = self.due['rows']
-        self.write_history()   # whatever the one that was killed left of it
+        if not rank_distrib(): self.write_history()   # whatever the one that was killed left of it
 
     def before_epoch(self):
         "Skip what was trained before, showing its row again, then continue from the checkpoint"
@@ -108,18 +109,29 @@ class _Checkpoint(Callback):
     def after_epoch(self):
         if self.epoch<len(self.rows) or self.recorder.cancel_train: return   # trained before, or cut short
         row = dict(zip(self.recorder.metric_names, self.recorder.log))
-        self.check(row['train_loss'])
+        for loss in _of_all(row['train_loss']): self.check(loss)
         self.rows.append(row)
-        _write_file(self.path, self.state())
+        state = self.state()
+        if rank_distrib(): return
+        _write_file(self.path, state)
         self.write_history()
 
     def write_history(self): _write_file(self.folder/'history.csv', pd.DataFrame(self.rows).to_csv(index=False))
+
+# %% ../nbs/69_folder.ipynb #e20999d9
+def _of_all(o):
+    "What each process has, in a list"
+    if num_distrib()<2: return [o]
+    res = [None]*num_distrib()
+    torch.distributed.all_gather_object(res, o)
+    return res
 
 # %% ../nbs/69_folder.ipynb #0f8b250f
 @patch
 def check(self:_Checkpoint, loss):
     "`ValueError` if training has diverged; then there is nothing to go on with"
     if math.isfinite(loss) and loss<=self.worst: return
+    if rank_distrib(): raise SystemExit(0)   # the first process says it
     self.path.unlink(missing_ok=True)
     raise ValueError(f'the training diverged: its loss became {loss:.3g} in epoch {self.epoch}; '
                      f'lower the learning rate with lr=')
@@ -134,13 +146,15 @@ def _plain(o):
     if isinstance(o, (list, L)):     return list(map(_plain, o))
     return o
 
+def _inner(dl): return dl.dl if num_distrib()>1 else dl   # fastai's `DistributedDL` wraps it
+
 @patch
 def state(self:_Checkpoint)->bytes:
     "The checkpoint"
     sm,scaler = self.recorder.smooth_loss,getattr(self.learn, 'scaler', None)   # fastai's training loss is smoothed across epochs
-    plain = dict(rows=self.rows, opt=self.opt.state_dict(), rng=get_random_states(), smooth=(float(sm.val), sm.count),
-                 loaders=[dl.rng.getstate() for dl in self.dls.loaders], scaler=scaler.state_dict() if scaler else None,
-                 vocab=[str(o) for o in self.dls.vocab])
+    plain = dict(rows=self.rows, opt=self.opt.state_dict(), rng=_of_all(get_random_states()),
+                 smooth=(float(sm.val), sm.count), loaders=[_inner(dl).rng.getstate() for dl in self.dls.loaders],
+                 scaler=scaler.state_dict() if scaler else None, vocab=[str(o) for o in self.dls.vocab])
     f = io.BytesIO()
     torch.save(_plain(plain) | dict(model=bare(self.learn.model).state_dict()), f)
     return f.getvalue()
@@ -157,6 +171,9 @@ def read(self:_Checkpoint):
     if was!=now:
         raise ValueError(f'the classes of the data have changed since {self.path} was written, '
                          f'from {was} to {now}: start again with force=True')
+    if len(state['rng'])!=max(1, num_distrib()):
+        raise ValueError(f'{self.path} was written by {len(state["rng"])} processes: '
+                         f'go on with as many, or start again with force=True')
     return state
 
 @patch
@@ -168,8 +185,8 @@ def restore(self:_Checkpoint):
     if state['scaler']: self.learn.scaler.load_state_dict(state['scaler'])
     val,self.recorder.smooth_loss.count = state['smooth']
     self.recorder.smooth_loss.val = torch.tensor(val)
-    set_random_states(**state['rng'])
-    for dl,s in zip(self.dls.loaders, state['loaders']): dl.rng.setstate(s)
+    set_random_states(**state['rng'][rank_distrib()])
+    for dl,s in zip(self.dls.loaders, state['loaders']): _inner(dl).rng.setstate(s)
 
 # %% ../nbs/69_folder.ipynb #698c5d2f
 _FILES = ('report.json', 'checkpoint.pth', 'model.safetensors', 'model_ema.safetensors', 'autoattack.pth', 'autoattack_ema.pth',
@@ -256,9 +273,14 @@ def _check_replaceable(out):
         raise FileExistsError(f'{out} is or holds the current folder or the home folder: '
                               f'nothing is deleted there, choose another folder with out=')
 
+def _parts(folder):
+    "Where AutoAttack is in processes after the first"
+    return [p for p in folder.glob('autoattack*.pth') if re.fullmatch(r'autoattack(_ema)?-\d+\.pth', p.name)]
+
 @patch
 def _delete(self:Run):
     "Delete the files of a run, settings last: a folder is a run's until the end"
+    for p in _parts(self.folder): p.unlink()
     for f in _FILES:
         for end in ('.tmp',''): (self.folder/(f+end)).unlink(missing_ok=True)
 
@@ -286,6 +308,7 @@ def tidy(self:Run):
     "Take away what only an unfinished run needs"
     for f in ('checkpoint.pth', 'autoattack.pth', 'autoattack_ema.pth', *(f'{f}.tmp' for f in _FILES)):
         (self.folder/f).unlink(missing_ok=True)
+    for p in _parts(self.folder): p.unlink()
 
 @patch
 def _give_up(self:Run, made):

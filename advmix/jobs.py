@@ -9,6 +9,7 @@ __all__ = ['JOBS', 'SUITES', 'Subject']
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
+from fastcore.basics import patch
 from .core import *
 from .attack import *
 from .evaluate import *
@@ -34,7 +35,7 @@ class Subject:
     vocab:list=None       # Class names
     first:int=0           # Where this part of the images begins
     positions:list=None   # Where the images are in the whole data set; None: as they come
-    progress = False      # Or a bar to show AutoAttack's progress under
+    progress = False      # AutoAttack's: a bar to show it under, or a function of the share done
     def __post_init__(self): self.threat()
     def __repr__(self):
         ims = f'{len(self.x)} images {tuple(self.x.shape[1:])}'
@@ -126,3 +127,22 @@ SUITES = dict(
     quick    = _attacks+['autoattack48','curve']+_shift,
     standard = _attacks+['autoattack','curve']+_shift,
     full     = _attacks+['pgd100','autoattack','curve','sanity','corruptions','occlusions','calibration'])
+
+# %% ../nbs/58_jobs.ipynb #245f7e98
+_EACH = dict(clean=(1,0), fgsm=(5,2), pgd20=(22,20), cw20=(22,20), pgd100=(507,500), curve=(211,180), sanity=(1200,130),
+             corruption=(51,0), corruptions=(51,0), occlusion=(10,0), occlusions=(90,0), calibration=(1,0))
+_SOME = dict(autoattack48=48, curve=200, sanity=100)   # jobs that take some of the images
+_REST = ('fgsm','pgd20','cw20','pgd100','curve','autoattack','autoattack48')   # that see only those that are right
+
+@patch
+def passes(self:Subject,
+    job:str,            # A name in `JOBS`
+    n_classes:int=10,   # Outputs of the network
+    right:float=1.,     # Share of images that are right without an attack
+)->tuple:               # Images sent forward, and backward; zeros for a job that isn't in `JOBS`
+    "What a job may cost, in passes of single images"
+    each = [_EACH.get(job, (0,0))]
+    if job.startswith('autoattack'): each = [(2,1), *autoattack.passes(n_classes, norm=self.norm).values()]
+    n = min(len(self.x), _SOME.get(job, len(self.x)))
+    if job in _REST: n *= right
+    return tuple(round(n*sum(o)) for o in zip(*each))

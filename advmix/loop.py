@@ -6,7 +6,7 @@
 __all__ = ['MixCallback', 'MixedAccuracy', 'PGDCallback', 'AOMCallback', 'IATCallback']
 
 # %% ../nbs/40_loop.ipynb #8b2c1376
-import inspect
+import inspect, logging
 from contextlib import contextmanager, nullcontext
 from numbers import Real
 import torch
@@ -26,6 +26,7 @@ from .zoo import *
 from .attack import *
 from .aom import *
 from .iat import *
+from .fast import *
 
 # %% ../nbs/40_loop.ipynb #f7916461
 class _Pixels:
@@ -116,6 +117,15 @@ def _unnoticed(dl):
         if rng: dl.rng.setstate(rng)
         for g,s in own: g.set_state(s)
 
+# %% ../nbs/40_loop.ipynb #3588d8bf
+def _is_weak(threat): return threat is not None and not isinstance(threat.steps, tuple) and 0<threat.steps<=2
+
+def _held_out(dls):
+    "Images and targets of a validation batch, None if there is none; no generator notices"
+    if len(dls.loaders)<2 or not len(dl := dls.valid): return None
+    with _unnoticed(dl): b = dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl))
+    return b if len(b)==2 else None
+
 # %% ../nbs/40_loop.ipynb #68706837
 class _Guard:
     "While a mixer waits inside the network, let it mix the loop's own pass and no other"
@@ -132,6 +142,7 @@ class _Guard:
 class MixCallback(Callback):
     "Train on what `mixer` makes of each batch; `ValueError` if something else mixes too, or images are not in [0,1]"
     order,run_valid,checked = 5,False,False
+    trained,alarmed = False,False
     terms,clean,space,guard = (),(),None,None
     _stateattrs = 'terms','clean','space','guard'   # nothing of a batch is exported
     def __init__(self,
@@ -161,6 +172,7 @@ class MixCallback(Callback):
         _check_company(self)
         self.disarm()
         self.terms,self.space,self.checked = (),_Pixels(self.dls),False
+        self.trained = self.alarmed = False
         if not hasattr(self.learn, 'gather_preds'): self.bind()
         if num_distrib()>1: torch.manual_seed(torch.randint(2**31, (1,)).item()+rank_distrib())   # or all draw the same
 
@@ -253,6 +265,21 @@ class MixCallback(Callback):
         x,y = (t[:n].as_subclass(Tensor).to(device_of(self.learn.model, t)) for t in (b[0],b[-1]))
         return check_images(self.space.decode(x), 'the training batch').clamp(0,1),y
 
+    def after_train(self): self.trained = True   # not an epoch that was skipped
+
+    def after_epoch(self):
+        "After an epoch of attacks of one or two steps, say once if the network resists such attacks only"
+        weak = _is_weak(getattr(self.bound, 'threat', None)) and self.trained and not self.alarmed
+        b,self.trained = _held_out(self.dls) if weak else None,False
+        if b is None: return
+        x,y = (t[:512].to(device_of(self.learn.model, t)).as_subclass(Tensor) for t in b)
+        if y.ndim!=1 or y.is_floating_point(): return
+        t,x = self.bound.threat,self.space.decode(x).clamp(0,1)
+        gap = max(.2, 1.5/len(x)**.5)   # of few images more is chance
+        with trusted(): *_,says = catastrophic(self.pixel_model(), x, y, t.eps, norm=t.norm, gap=gap)
+        self.alarmed = bool(says)
+        if says and not rank_distrib(): logging.getLogger('advmix').warning(f'epoch {self.epoch}: {says}')
+
     def after_cancel_batch(self): "Leave no hook behind"; self.disarm()
     def after_fit(self): "Leave no hook behind"; self.disarm()
 
@@ -260,16 +287,16 @@ class MixCallback(Callback):
 @patch
 def show_mix(self:Learner,
     n:int=4,    # How many images
-    **kwargs,   # Passed to `show_mixed`
+    **kwargs,   # `size` and `save` of `show_mixed`
 ):
-    "Show training images, their partners, masks and mixtures with soft labels; `ValueError` without a mixing callback"
+    "Show training images, their partners, masks, perturbations and mixtures; `ValueError` without a mixing callback"
     cb = next((cb for cb in self.cbs if isinstance(cb, MixCallback)), None)
     if cb is None: raise ValueError('this Learner has no mixing callback to show: pass one, MixCallback(MixUp())')
     x,y = cb.peek(max(n, 16))   # partners may come from further on
     cb.bind()
-    with _unnoticed(self.dls.train), torch.no_grad(), _autocast(self, x): mixed = cb.mix(x, y, cb.pixel_model())[0][1]
+    with _unnoticed(self.dls.train), torch.no_grad(), _autocast(self, x): terms = cb.mix(x, y, cb.pixel_model())
     cb.disarm()
-    return show_mixed(mixed, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
+    return show_mixed(terms, x, y, getattr(self.dls, 'vocab', None), n, **kwargs)
 
 # %% ../nbs/40_loop.ipynb #72cd49ab
 class MixedAccuracy(Metric):

@@ -6,7 +6,7 @@
 __all__ = ['robust_report', 'JOBS', 'SUITES', 'Subject', 'Report', 'compare_reports']
 
 # %% ../nbs/59_report.ipynb #a24a41ad
-import hashlib, platform, time
+import hashlib, math, platform, time
 from importlib import metadata
 from pathlib import Path
 import matplotlib.pyplot as plt, torch
@@ -93,13 +93,24 @@ def _environment(model):
 # %% ../nbs/59_report.ipynb #357bd8c8
 class _OutOfTime(BaseException): pass   # not an Exception: no job may take it for a failure
 
-class _Budget:
-    "Ends what runs inside at the first forward pass after `seconds`"
-    def __init__(self, model, seconds):
-        self.model,self.end = model,None if seconds is None else time.monotonic()+seconds
-    def check(self, *_):
+class _Watch:
+    "Ends what runs inside at the first forward pass after `seconds`, and tells `at` how far each job is"
+    def __init__(self, s, seconds, at):
+        self.s,self.at,self.job = s,at,None
+        self.end = None if seconds is None else time.monotonic()+seconds
+    def start(self, job):
+        self.job,self.done = job,0
+        if self.at is None: return
+        self.at(job, 0.)
+        self.s.progress = lambda share: self.at(job, share)   # AutoAttack knows better than a count
+    def check(self, _, args):
         if self.end is not None and time.monotonic()>self.end: raise _OutOfTime
-    def __enter__(self): self.hook = self.model.register_forward_pre_hook(self.check)
+        if self.at is None or self.job.startswith('autoattack'): return
+        self.done += len(args[0])
+        self.at(self.job, min(.99, self.done/(self.s.passes(self.job)[0] or math.inf)))
+    def __enter__(self):
+        self.hook = self.s.model.register_forward_pre_hook(self.check)
+        return self
     def __exit__(self, *_): self.hook.remove()
 
 # %% ../nbs/59_report.ipynb #899d0270
@@ -178,19 +189,22 @@ def robust_report(
     budget:float=None,  # Seconds after which it stops, keeping what is complete
     out=None,           # JSON file, rewritten after every job
     resume:bool=False,  # Take over what an interrupted call left in `out`
-    progress:bool=True, # Show bars
+    progress=True,      # Show bars; or an object that is told `begin(subject, jobs)` and `at(job, share done)`
     **kwargs,           # `seed`, `bs`, `state`, `source`, `vocab` of `Subject`
 )->Report:
     "Run a suite of measurements; what fails or is interrupted is in `missing`; `ValueError` for impossible input"
     jobs = _suite(suite, norm)
     if part is not None and not (len(part)==2 and 1<=part[0]<=part[1]):
         raise ValueError(f'part {part!r}: give (k,m), the k-th of m parts, such as (2,4)')
+    mine = Path(f'{out}.autoattack') if out and kwargs.get('state') is None else None
+    if mine: kwargs['state'] = mine
     s,total = _subject(model, data, n, part, eps=eps, norm=norm, **kwargs)
     config = _config(s, suite if isinstance(suite, str) else list(jobs), part, total)
     report = Report(config, environment=_environment(s.model))
     report.missing,report._examples = {k: 'not started' for k in jobs},[]
     if resume and out and Path(out).exists(): _resume(report, out)
-    _run(report, s, {k: jobs[k] for k in report.missing if k in jobs}, budget, out, progress)
+    elif mine: mine.unlink(missing_ok=True)   # whatever it was about
+    _run(report, s, {k: jobs[k] for k in report.missing if k in jobs}, budget, out, progress, mine)
     return report
 
 # %% ../nbs/59_report.ipynb #b0c81f2a
@@ -211,17 +225,22 @@ def _resume(report, out):
     report.rows,report.curve,report.sanity = old.rows,old.curve,old.sanity
     report.missing = {k: 'not started' for k in report.missing if k in old.missing}
 
-def _run(report, s, jobs, budget, out, progress):
-    bar = master_bar(list(jobs)) if progress else list(jobs)
-    s.progress,now = bar if progress else False,None
-    with untouched(s.model), _Budget(s.model, budget):
+def _run(report, s, jobs, budget, out, progress, mine):
+    told = hasattr(progress, 'at')
+    bar  = master_bar(list(jobs)) if progress and not told else list(jobs)
+    s.progress,now = bar if progress and not told else False,None
+    if told: progress.begin(s, list(jobs))
+    if out: report.to_json(out)   # if it can't be written, now is the time to learn it
+    with untouched(s.model), _Watch(s, budget, progress.at if told else None) as watch:
         try:
             for now in bar:
-                if progress: bar.main_bar.comment = now
+                if progress and not told: bar.main_bar.comment = now
+                watch.start(now)
                 try: _take(report, s, jobs[now](s))
                 except Exception as e: report.missing[now] = _why(e)
                 else: del report.missing[now]
                 _close(report, out)
+                if mine and now.startswith('autoattack') and now not in report.missing: mine.unlink(missing_ok=True)
         except _OutOfTime:        report.missing[now] = f'the budget of {budget:g} s was spent'
         except KeyboardInterrupt: report.missing[now] = 'interrupted'
     _close(report, out)

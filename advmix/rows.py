@@ -82,6 +82,11 @@ def show(self:Report):
     print(self.table())
 
 @patch
+def check_complete(self:Report):
+    "`ValueError` if a measurement failed: a table with a row missing should not pass for a whole one"
+    if self.missing: raise ValueError('not measured: '+'; '.join(f'{k} ({why})' for k,why in self.missing.items()))
+
+@patch
 def __repr__(self:Report): return self.table()
 
 # %% ../nbs/56_rows.ipynb #f5695ceb
@@ -116,6 +121,7 @@ def to_json(self:Report, path):
 @patch(cls_method=True)
 def from_json(cls:Report, path):
     "Read what `to_json` wrote; `ValueError` if it isn't a report"
+    if Path(path).exists() and not Path(path).is_file(): raise ValueError(f'{path} is not a report: it is not even a file')
     try: return cls(**json.loads(Path(path).read_text(encoding='utf-8')))
     except (TypeError, ValueError) as e:
         raise ValueError(f'{path} is not a report: give a file that `Report.to_json` wrote') from e
@@ -190,6 +196,7 @@ def _joined_calibration(rows):
 # %% ../nbs/56_rows.ipynb #967b2c0c
 def _join_verdicts(rows, starts):
     "One row of the same verdict on all parts, whose images begin at `starts`"
+    rows = [r if '0' in r['stands'] else dict(by={})|r for r in rows]   # where nothing fell, a row has no `by`
     merged = Verdict.merge([Verdict.from_row({k:o for k,o in r.items() if k not in _OURS}) for r in rows]).row()
     if 'at' in rows[0]: merged['at'] = [s+i for r,s in zip(rows, starts) for i in r['at']]
     if 'error' in rows[0]: merged |= {k:o for k,o in _join(rows).items() if k in ('error','note')}

@@ -6,7 +6,11 @@
 __all__ = ['model_with']
 
 # %% ../nbs/06_weights.ipynb #d787e374
+from pathlib import Path
+import numpy as np, torch
 from torch import nn
+from fastcore.foundation import L
+from safetensors.torch import load_file
 from .models import *
 
 # %% ../nbs/06_weights.ipynb #9e8bfd2a
@@ -27,9 +31,22 @@ def _misfits(net, state):
            for d in (net.state_dict(), state))
     return [f'{k} is {a.get(k, "nothing")} here and {b.get(k, "nothing")} there' for k in a|b if a.get(k)!=b.get(k)]
 
+# %% ../nbs/06_weights.ipynb #59528091
+def _read(path):
+    "What a weights file holds, by readers that run no code; `ValueError` if it can't be read"
+    path    = Path(path)
+    numbers = [np.dtype, type(np.dtype('f4')), type(np.dtype('f8')), np.float64(0).__reduce__()[0], L]
+    try:
+        if path.suffix=='.safetensors': return load_file(path)
+        with torch.serialization.safe_globals(numbers): return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise
+    except Exception as e:   # whatever a damaged file makes of the readers
+        raise ValueError(f'{path} cannot be read as weights ({type(e).__name__}): '
+                         'it is damaged, or something else') from None
+
 # %% ../nbs/06_weights.ipynb #04b4e8e4
 def model_with(
-    weights:dict,         # A state dict, or a dictionary with one: ours, fastai's, a bare network's
+    weights,              # A state dict, a dictionary with one (ours, fastai's, a bare network's), or a file of one
     arch:str='convnet',   # Its architecture, as for `get_model`
     mean=None,            # Mean of the pixels; None: as in `weights`, else 0
     std=None,             # Their standard deviation; None: as in `weights`, else 1
@@ -37,6 +54,8 @@ def model_with(
     **kwargs,             # `n_classes`, `c_in`, `size` of `get_model`
 )->nn.Sequential:         # `norm`, then `net`, in evaluation mode: pixels in, logits out
     "The network that `weights` belong to; `ValueError` says what doesn't fit"
+    weights = weights if isinstance(weights, dict) else _read(weights)
+    if not isinstance(weights, dict): raise ValueError(f'a {type(weights).__name__} holds no weights: give a state dict')
     state,stats = _unwrap(weights)
     stats = dict(mean=0., std=1.) | stats
     stats = dict(mean=stats['mean'] if mean is None else mean, std=stats['std'] if std is None else std)

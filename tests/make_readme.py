@@ -1,4 +1,4 @@
-"Render nbs/index.ipynb as README.md, with the gallery that ends 14_puzzle: python tests/make_readme.py"
+"Render nbs/index.ipynb as README.md, with the gallery of the tutorial which_mix: python tests/make_readme.py"
 import base64, re
 from pathlib import Path
 from execnb.nbio import read_nb
@@ -33,10 +33,10 @@ def render(nb):
     return '\n\n'.join(parts)+'\n', pics
 
 def gallery():
-    "The last picture of 14_puzzle: every mix on the same two photographs"
-    outputs = [o for c in read_nb(root/'nbs/14_puzzle.ipynb').cells for o in c.get('outputs', [])]
+    "The first picture of the tutorial which_mix: every mix on the same two photographs"
+    outputs = [o for c in read_nb(root/'nbs/tutorials/which_mix.ipynb').cells for o in c.get('outputs', [])]
     pngs = [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]
-    return base64.b64decode(''.join(pngs[-1]))
+    return base64.b64decode(''.join(pngs[0]))
 
 if __name__=='__main__':
     text,pics = render(read_nb(root/'nbs/index.ipynb'))

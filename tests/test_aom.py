@@ -341,8 +341,14 @@ def test_a_generator_gets_its_gradient_through_the_attacked_mixture(where):
     x,y = batch()
     g, f = Generator(), net()
     m = run(f, x, y, where=where, mixer=g, **BIG)
-    m.loss(F.cross_entropy, f(m.x), y).backward()
-    assert g.logits.grad.abs().sum()>0
+    loss = m.loss(F.cross_entropy, f(m.x), y)
+    got,up = torch.autograd.grad(loss, (g.logits, m.x), retain_graph=True)
+    torch.manual_seed(0)
+    c = g(x)
+    z,idx,*_ = AOM(where=where, mixer=g, **BIG)._climb(f, x, y, c)
+    mix  = c.x if where=='mix' else compose(z, idx, c.mask)   # under 'mix' what was added is a constant, else it has its share, too
+    want = torch.autograd.grad(mix, g.logits, up)[0]
+    assert torch.allclose(got, want, atol=1e-14) and want.abs().sum()>1e-3
     with torch.no_grad(): same = run(f, x, y, where=where, mixer=g, **BIG)
     assert torch.equal(m.x, same.x)
 
@@ -429,6 +435,19 @@ def test_mixers_without_usable_masks():
         assert AOM(where='mix', mixer=mixer)(x, y, net()).x.shape==x.shape
     with pytest.raises(ValueError, match='Blend3 mixes 3 images'): AOM(ratio='kl', mixer=Blend3())(x, y, net())
 
+def test_a_mask_in_half_precision_still_blends():
+    "A generator under autocast makes masks of eight bits; its images were mixed with finer ones"
+    x,y = batch()
+    class Coarse:
+        def __call__(self, x, y=None, model=None):
+            m = MixUp(per_sample=True)(x)
+            m.mask = m.mask.bfloat16()
+            return m
+    torch.manual_seed(0)
+    m = Coarse()(x)
+    assert not torch.allclose(compose(x, m.idx, m.mask), m.x)
+    for w in ('endpoints','shared'): assert run(net(), x, y, where=w, mixer=Coarse()).x.isfinite().all()
+
 # ---- what the training loop needs
 
 LOSSES = dict(smooth=nn.CrossEntropyLoss(label_smoothing=.2), weight=nn.CrossEntropyLoss(weight=torch.arange(1.,6).double()),
@@ -457,7 +476,8 @@ def test_an_ignored_class_is_not_attacked():
     same = torch.full_like(y, 2)
     m = run(net(), x, same, loss=lf, random_start=False, **BIG)
     assert torch.equal(m.x, compose(x, m.idx, m.mask))
-    with pytest.raises(ValueError, match='cross-entropy only'): AOM(loss=lf, ratio='kl')
+    for k in (0,2):
+        with pytest.raises(ValueError, match='cross-entropy only'): AOM(loss=nn.CrossEntropyLoss(ignore_index=k), ratio='kl')
     AOM(loss=nn.CrossEntropyLoss(ignore_index=-1), ratio='kl')   # no class is called -1
 
 def test_growing_steps():
@@ -622,5 +642,7 @@ def test_the_signature_is_short_and_its_defaults_are_those_of_pgd():
 def test_the_module_and_its_notebooks_say_aom_style():
     for mod in ('labels','ratio','aom'): assert 'AOM-style' in importlib.import_module(f'advmix.{mod}').__doc__
     assert 'AOM-style' in AOM.__doc__
-    for p in sorted((Path(__file__).parents[1]/'nbs').glob('2[123]_*.ipynb')):
+    books = sorted((Path(__file__).parents[1]/'nbs').glob('2[123]_*.ipynb'))
+    assert len(books)==3
+    for p in books:
         assert any('AOM-style' in ''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type']=='markdown'), p.name

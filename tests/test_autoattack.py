@@ -47,6 +47,11 @@ def test(data): return data[0][1300:1360],data[1][1300:1360]
 
 # --- the package's own verdict, image by image ---
 
+init = AutoAttack.__init__
+def fewer_queries(self, *args, **kw):
+    init(self, *args, **kw)
+    self.square.n_queries = 500
+
 def official(m, x, y, bs, eps, norm='Linf', seed=0, version='standard', attacks=None):
     aa = AutoAttack(m, eps=eps, norm=norm, seed=seed, version=version)
     if attacks: aa.attacks_to_run = list(attacks)
@@ -54,7 +59,9 @@ def official(m, x, y, bs, eps, norm='Linf', seed=0, version='standard', attacks=
 
 @pytest.mark.parametrize('name', ['plain','pgd','aom'])
 @pytest.mark.parametrize('norm,eps', [('linf',.1), ('l2',.6)])
-def test_verdict_equals_the_packages_own(name, norm, eps, nets, test):
+def test_verdict_equals_the_packages_own(name, norm, eps, nets, test, monkeypatch):
+    "Square's 5,000 queries take most of the time: for two of the networks both sides make 500"
+    if name!='plain': monkeypatch.setattr(AutoAttack, '__init__', fewer_queries)
     m,x,y = nets[name],test[0][:8],test[1][:8]
     v,z = autoattack(m, x, y, eps, norm, **quiet),official(m, x, y, 250, eps, dict(linf='Linf', l2='L2')[norm])
     assert torch.equal(v.stands, m(z).argmax(1)==y) and torch.equal(v.adv, z)
@@ -114,6 +121,18 @@ def test_plus_and_individual(plain, test):
     assert [s['accuracy'] for s in v.stages]==[each[k].double().mean().item() for k in only]
     assert torch.equal(v.stands, each['apgd-ce']&each['apgd-t'])
 
+@pytest.mark.parametrize('version', ['standard','individual'])
+def test_each_attack_by_itself_or_what_is_left_after_it(version):
+    job = _Job(.1, 'linf', version, ['apgd-ce','apgd-t','square'], 250, 0, 'batch')
+    clean,fooled = torch.arange(10)<8,torch.zeros(3, 10, dtype=torch.bool)
+    fooled[0,:2] = fooled[1,1:5] = fooled[2,5] = True   # two of eight, four of which one is new, one
+    s = _State('', clean, fooled, torch.zeros(1), torch.tensor([[1.,20,10],[2.,30,15],[.5,4,0]]))
+    assert [round(10*r['accuracy']) for r in s.stages(job)]==dict(standard=[6,3,2], individual=[6,4,7])[version]
+    assert [(r['name'],r['seconds'],r['forwards'],r['backwards']) for r in s.stages(job)]==[
+        ('apgd-ce',1,20,10), ('apgd-t',2,30,15), ('square',.5,4,0)]
+    assert s.left(2, job).tolist()==(clean if version=='individual' else clean&~fooled[:2].any(0)).tolist()
+    assert s.by(job)==['apgd-ce']*2+['apgd-t']*3+['square']+['']*2+['clean']*2
+
 def test_a_network_without_a_chance_ends_at_once(plain, test):
     v = autoattack(plain, *test, .5, **quiet)
     assert v.accuracy==0 and v.stages[1]['forwards']==0 and set(v.by)<={'clean','apgd-ce'}
@@ -121,7 +140,7 @@ def test_a_network_without_a_chance_ends_at_once(plain, test):
 # --- the cost is known beforehand ---
 
 @pytest.mark.parametrize('version,norm,n', [('standard','l1',10), ('plus','linf',10), ('standard','linf',4)])
-def test_passes_are_an_upper_bound(version, norm, n, data):
+def test_passes_are_what_an_image_needs_that_never_falls(version, norm, n, data):
     "On a network that never falls: all its logits are constant, the right one highest"
     class Rock(nn.Module):
         def forward(self, x): return torch.arange(n).flip(0).float()+0*x.flatten(1).sum(1, keepdim=True)
@@ -132,7 +151,18 @@ def test_passes_are_an_upper_bound(version, norm, n, data):
     assert v.accuracy==1 and list(most)==[s['name'] for s in v.stages]
     for s in v.stages:
         f,b = most[s['name']]
-        assert .9*f<=s['forwards']/2<=f and .9*b<=s['backwards']/2<=b, (s,f,b)
+        assert s['backwards']==2*b and (s['forwards']==2*f or s['name']=='square' and 1.8*f<=s['forwards']<=2*f), (s,f,b)
+
+def test_passes_grow_with_the_classes_up_to_nine_targets():
+    a,b,c = (autoattack.passes(n) for n in (9,10,30))
+    assert b==c and all(a[k][1]<b[k][1] for k in ('apgd-t','fab-t')) and a['apgd-ce']==b['apgd-ce']
+
+def test_progress_runs_from_0_to_1(plain, test):
+    "Whatever is shown under it: shares that never fall and end at 1 only when all is done"
+    shown,x,y = [],test[0][:6],test[1][:6]
+    autoattack(plain, x, y, .05, attacks=('apgd-ce',), bs=2, progress=shown.append)
+    assert shown[0]==0 and shown==sorted(shown) and shown[-1]==1 and max(shown[:-1])<1
+    assert len({int(10*v) for v in shown})>5   # in many small steps
 
 # --- few classes, no gradients ---
 
@@ -205,6 +235,14 @@ def test_square_accuses_no_one_on_few_images(n, m, flag):
     fooled = torch.stack([before, (torch.arange(m+10)<n)|before])
     s = _State('', clean, fooled, torch.zeros(1), torch.zeros(2,3))
     assert bool(_square_helped(s, job))==flag
+
+def test_square_is_compared_with_all_attacks_before_it():
+    job = _Job(.1, 'linf', 'plus', ['apgd-ce','apgd-t','square'], 250, 0, 'batch')
+    i = torch.arange(20)
+    clean,first,second = i<18,i<5,(i>=5)&(i<16)   # two stand when Square's turn comes
+    for square,says in ((i<16, []), ((i>=16)&(i<18), ['fooled 2 of 2'])):
+        said = _square_helped(_State('', clean, torch.stack([first, second, square]), torch.zeros(1), torch.zeros(3,3)), job)
+        assert len(said)==len(says) and all(w in t for w,t in zip(says, said))
 
 def test_the_result_says_that_the_mode_was_switched(plain, test):
     m = copy.deepcopy(plain).train()

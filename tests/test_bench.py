@@ -1,5 +1,6 @@
 "The command that times steps: what it prints, what it writes, what it refuses"
-import json, subprocess, sys
+import json, os, subprocess, sys
+from pathlib import Path
 import pytest
 from advmix.bench import bench
 
@@ -29,3 +30,14 @@ except SystemExit: print('torch' in sys.modules)
 """
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert r.stdout.splitlines()[-1]=='False' and '--channels' in r.stdout, r.stdout+r.stderr
+
+def test_the_script_for_gpus_runs_anywhere(tmp_path):
+    root,out = Path(__file__).resolve().parents[1],tmp_path/'g.json'
+    small = '--data random --arch convnet_s --bs 16 --n 32 --steps 1 --epochs 1 --methods pgd --rounds 1 --peak_side 64'
+    small = [*small.split(), '--device', 'cpu', '--out']
+    r = subprocess.run([sys.executable, root/'nbs/experiments/gpu_bench.py', *small, out], capture_output=True, text=True, cwd=tmp_path,
+                       env=os.environ|dict(PYTHONPATH=str(root)))
+    assert r.returncode==0, r.stderr
+    d = json.loads(out.read_text())
+    assert {(o['method'],o.get('amp'),o.get('channels_last')) for o in d['epochs']}>={('pgd',None,None),('adautomix','bf16',True)}
+    assert all(o['seconds']>0 and o['share_of_peak']>0 for o in d['epochs']) and d['steps'][0]['method']=='vanilla'

@@ -1,5 +1,5 @@
 "The commands as a shell sees them: what they print, where, and how they exit"
-import json, os, pickle, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
@@ -23,7 +23,7 @@ def home(tmp_path_factory):
     assert 'pgd20' in r.stdout and 'runs/digits-aom-0/report.json' in r.stdout
     return p
 
-@pytest.mark.parametrize('cmd', ['train','evaluate','compare'])
+@pytest.mark.parametrize('cmd', ['train','compare'])
 def test_help_explains_every_argument(cmd, tmp_path):
     r = sh(cmd, '--help', cwd=tmp_path)
     assert r.returncode==0 and 'usage' in r.stdout
@@ -42,7 +42,6 @@ def test_help_comes_at_once():
 def test_nothing_is_said_above_our_output(home):
     r = sh('train', *small, cwd=home)
     assert r.returncode==0 and r.stderr=='' and r.stdout.startswith('aom on digits')   # a finished run is opened
-    assert 'Warning' not in sh('evaluate', 'runs/none', cwd=home).stderr
 
 def test_a_different_run_is_not_overwritten(home):
     r = sh('train', *small, '--lr', .001, cwd=home)
@@ -74,23 +73,6 @@ def test_a_folder_of_images_trains_and_is_judged(tmp_path):
     r = sh('train', '--data', 'd', '--arch', 'convnet', '--size', 16, *small[:-2], '--bs', 16, '--method', 'mixup', cwd=tmp_path)
     assert r.returncode==0, r.stderr
     assert json.loads((tmp_path/'runs/d-mixup-0/report.json').read_text())['config']['data']=='d'
-
-def test_evaluate_a_run_and_fail_under(home):
-    ok = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail-under', 'clean=0', '--out', 'e.json',
-        cwd=home)
-    assert ok.returncode==0, ok.stderr
-    a,b = (json.loads((home/p).read_text())['rows'] for p in ('e.json','runs/digits-aom-0/report.json'))
-    assert [(o['name'],o['accuracy']) for o in a]==[(o['name'],o['accuracy']) for o in b]
-    low = sh('evaluate', 'runs/digits-aom-0', '--suite', 'clean,fgsm,pgd20', '--n-eval', 16, '--fail_under', 'pgd20=1.1', cwd=home)
-    assert low.returncode==1 and 'under 1.1' in low.stderr
-
-@pytest.mark.parametrize('args,says', [(['runs/none'], 'does not exist'), (['runs'], 'not a run folder'),
-    (['runs/digits-aom-0','--eps','9'], '(0,1]'), (['runs/digits-aom-0/model.safetensors'], '--data'),
-                                       (['runs/digits-aom-0','--suite','clean,fgsm,pgd20','--n_eval','16','--fail-under','robust=.4'],
-                                           'was not measured')])
-def test_evaluate_mistakes(args, says, home):
-    r = sh('evaluate', *args, cwd=home)
-    assert r.returncode==2 and says in r.stderr and 'Traceback' not in r.stderr
 
 def test_compare_prints_a_table(tmp_path):
     r = sh('compare', '--methods', 'vanilla,pgd', '--seeds', 2, *small, cwd=tmp_path)
@@ -131,31 +113,26 @@ methods.METHODS['vanilla'] = lambda c: [Stop()]
     assert (tmp_path/'runs/digits-vanilla-0/history.csv').read_text().count('\n')==2
     assert run('').returncode==2 and run('', '--resume').returncode==0
 
-def test_a_pickle_needs_trust(tmp_path):
-    class Evil:
-        def __reduce__(self): return os.mkdir, (str(tmp_path/'pwned'),)
-    (tmp_path/'m.pkl').write_bytes(pickle.dumps(Evil()))
-    r = sh('evaluate', 'm.pkl', '--data', 'digits', cwd=tmp_path)
-    assert r.returncode==2 and '--trust-pickle' in r.stderr and 'code' in r.stderr and not (tmp_path/'pwned').exists()
+def test_a_path_by_its_place_and_several_files(capsys):
+    "Whatever the order; an option that wants one value gets no list"
+    from advmix.cli import _parse
+    def f(
+        path:str=None,   # A file
+        merge:list=None, # Files
+        eps:float=.1,    # A number
+    ): "Nothing"
+    for argv,want in [(['a'], ('a',None,.1)), (['--eps','.2','a'], ('a',None,.2)), (['a','--eps=.2'], ('a',None,.2)), ([], (None,None,.1)),
+                      (['--merge','a','b'], (None,['a','b'],.1)), (['--merge','a','b','--eps','.2'], (None,['a','b'],.2))]:
+        assert tuple(_parse(f, argv).values())==want
+    for argv in (['a','b'], ['--merge'], ['--eps'], ['--path','a']):
+        with pytest.raises(SystemExit) as e: _parse(f, argv)
+        assert e.value.code==2
+    assert capsys.readouterr().err.count('--help lists what there is')==4
 
-def test_evaluate_a_pkl_and_a_weights_file(tmp_path):
-    "What a user of fastai has at hand, with Normalize in the loaders; and bare weights with --arch"
-    from fastai.vision.all import Learner, Normalize, accuracy
-    from advmix.data import digits_dls
-    from advmix.models import get_model
-    dls = digits_dls()
-    dls.add_tfms([Normalize.from_stats([.3], [.35], cuda=False)], 'after_batch')
-    net = get_model('convnet', 10, 1, 8)
-    net[0] = torch.nn.Identity()
-    learn = Learner(dls, net, metrics=accuracy, path=tmp_path)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
-    learn.export('m.pkl')
-    want = learn.validate(ds_idx=2)[1]
-    r = sh('evaluate', 'm.pkl', '--data', 'digits', '--suite', 'clean,fgsm', '--out', 'p.json', '--trust-pickle', cwd=tmp_path)
-    assert r.returncode==0, r.stderr
-    rows = {o['name']: o['accuracy'] for o in json.loads((tmp_path/'p.json').read_text())['rows']}
-    assert abs(rows['clean']-want)<1e-6 and rows['fgsm']<rows['clean']
-    torch.save(get_model('convnet', 10, 1, 8).state_dict(), tmp_path/'w.pth')
-    assert sh('evaluate', 'w.pth', '--data', 'digits', '--arch', 'convnet', '--suite', 'clean', cwd=tmp_path).returncode==0
-    r = sh('evaluate', 'w.pth', '--data', 'digits', '--arch', 'resnet18', '--suite', 'clean', cwd=tmp_path)
-    assert r.returncode==2 and 'Traceback' not in r.stderr and 'do not fit resnet18' in r.stderr
+def test_every_command_refuses_devices_that_are_not_there():
+    from advmix.cli import command
+    @command
+    def f(device:str=None): return 'ran'
+    assert f(device='cpu')=='ran'
+    with pytest.raises(ValueError, match="device='gpu' is not available"): f(device='gpu')
+    with pytest.raises(ValueError, match="'cuda:99'"): f(device='cpu,cuda:99')

@@ -1,11 +1,11 @@
 "Evaluation: closed forms, attacks that are checked again, networks without gradients, and the promise to leave no trace"
-import copy, importlib.util, math
+import copy, importlib.util, inspect, math
 import pytest, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import nn
 from advmix.attack import Threat, pgd
 from advmix.autoattack import autoattack
-from advmix.evaluate import _distance, _Probe, attacked, clean, eps_curve, examined
+from advmix.evaluate import ATTACKS, _distance, _Probe, attacked, clean, eps_curve, examined
 from advmix.sanity import _same, _trace, sanity
 from advmix.verdict import Verdict
 from zoo_of_defences import Detached, NoBackward, ThroughJPEG, ThroughNumpy, ThroughPIL
@@ -197,6 +197,20 @@ def test_nan_gradients_lead_nowhere_but_do_not_end_it(plain, test):
     v = attacked(Nans(plain), *test, Threat(eps=.1, steps=3, norm='l2'))
     assert v.accuracy>.8 and torch.isfinite(v.adv).all() and not v.flags   # no candidate is NaN, so none is refused
 
+class Steep(nn.Module):
+    "Its gradient is infinite, of either sign, in the first two pixels"
+    def forward(self, x):
+        v = x.flatten(1)
+        s = (v[:,:1]-v[:,:1].detach()).sqrt()-(v[:,1:2]-v[:,1:2].detach()).sqrt()   # 0 with slopes of plus and minus infinity
+        return torch.cat([v[:,2:4].sum(1, keepdim=True)+s, 9*torch.ones_like(s)-9.5], 1)
+
+def test_infinite_gradients_lead_nowhere():
+    x = torch.full((5,1,2,2), .5)
+    with examined(Steep()) as net:
+        z = x.clone().requires_grad_()
+        g, = torch.autograd.grad(net(z)[:,0].sum(), z)
+    assert torch.equal(g.flatten(1), torch.tensor([[0.,0.,1.,1.]]).expand(5,4))
+
 def test_faults_of_the_network_itself_are_not_swallowed(test):
     class Broken(nn.Module):
         def forward(self, x): return x.flatten(1)@torch.ones(3,3)
@@ -215,6 +229,40 @@ def test_faults_of_the_network_itself_are_not_swallowed(test):
 def test_a_probe_counts_batches_of_any_kind(plain, test):
     p = _Probe(plain)
     assert p.right(*test, bs=7).shape==(60,) and p.forwards==60 and p.backwards==0
+
+def test_what_is_taken_is_a_plain_copy(plain, test):
+    x,y = test[0].repeat(1,3,1,1).to(memory_format=torch.channels_last),test[1].int()
+    with examined(plain) as net: a,b = net.take(x, y)
+    assert a.is_contiguous() and torch.equal(a, x) and a.data_ptr()!=x.data_ptr() and b.dtype==torch.int64
+    with examined(plain) as net: assert net.take(x.double(), y)[0].dtype==torch.float32
+    with examined(plain) as net: assert net.take(x.contiguous(), y)[0].data_ptr()!=x.contiguous().data_ptr()
+
+def test_the_seed_decides_and_the_state_of_the_generator_does_not(robust, test):
+    v = []
+    for seed,state in ((0,1), (0,2), (3,1)):
+        torch.manual_seed(state)
+        v.append(attacked(robust, *test, Threat(eps=.1, steps=2), seed=seed).adv)
+    assert torch.equal(v[0], v[1]) and not torch.equal(v[0], v[2])
+    torch.manual_seed(1); a = eps_curve(robust, *test, [.1], steps=2).smallest
+    torch.manual_seed(2); assert torch.equal(a, eps_curve(robust, *test, [.1], steps=2).smallest)
+
+@pytest.mark.parametrize('attack', ['pgd','margin'])
+def test_an_image_that_fell_costs_nothing_more(attack, plain, test):
+    x,y = test
+    v = attacked(plain, x, y, Threat(eps=.3, steps=20), attack)
+    n = (plain(x).argmax(1)==y).sum().item()
+    assert v.accuracy==0 and v.backwards<20*n/2   # all fall, most of them early
+
+def test_noise_is_noise_whatever_the_start_of_the_other_attacks():
+    x = torch.full((200,1,4,4), .5)
+    d = (ATTACKS['noise'](None, x, None, Threat(eps=.2, random_start=False))-x)/.2
+    assert d.abs().max()<=1+1e-6 and abs(d.var()-1/3)<.02 and abs(d.mean())<.03   # the variance of uniform draws from [-1,1]
+
+def test_one_default_at_every_door():
+    doors = {f.__name__: inspect.signature(f).parameters for f in (clean, attacked, eps_curve, autoattack, _Probe.right, _Probe.attack)}
+    assert {p['bs'].default for p in doors.values()}=={250} and {p['seed'].default for p in doors.values() if 'seed' in p}=={0}
+    assert doors['autoattack']['eps'].default==doors['attacked']['threat'].default.eps==Threat().eps==8/255
+    assert doors['eps_curve']['eps'].default==(0,*[2**k/255 for k in range(1,6)])   # in grey levels, twice as far each time
 
 # --- curves ---
 

@@ -201,9 +201,8 @@ def test_a_checkpoint_of_other_classes_or_damaged(tmp_path):
     cb.path.write_bytes(cb.path.read_bytes()[:50])
     with pytest.raises(ValueError, match='cannot be read.*force=True'): cb.read()
 
-def test_half_precision_is_refused_on_a_cpu(tmp_path):
-    for amp in ('fp16','bf16'):
-        with pytest.raises(ValueError, match='needs a CUDA GPU'): run(Config('vanilla', **small|dict(amp=amp)), tmp_path/'r', 'cpu')
+def test_fp16_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match='needs a CUDA GPU'): run(Config('vanilla', **small|dict(amp='fp16')), tmp_path/'r', 'cpu')
     assert not (tmp_path/'r').exists()
 
 def test_the_scaler_of_half_precision_travels_with_the_checkpoint(tmp_path):

@@ -1,9 +1,13 @@
 "The watch for catastrophic overfitting, and what attacks of few steps cost"
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, set_seed
+from advmix import loop
 from advmix.aom import AOM
 from advmix.attack import PGD, Threat, fgsm, pgd
+from advmix.callbacks import AOMCallback, MixCallback, PGDCallback
+from advmix.data import tensor_dls
 from advmix.fast import catastrophic
 from advmix.iat import IAT
 from advmix.mix import as_terms
@@ -87,3 +91,67 @@ def test_a_wide_start_trains_through_aom_as_through_pgd():
     torch.manual_seed(1); a = PGD(.1, **kw)(x, y, f).x
     torch.manual_seed(1); b = AOM(.1, where='mix', mixer=Own(), **kw)(x, y, f).x
     assert (a-b).abs().max()<1e-12 and (a-x).abs().max()>.2
+
+# --- while training ---
+
+class Bends(Bent):
+    "`Bent`, with something to learn"
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+    def forward(self, x): return super().forward(x)*self.scale.abs()
+
+def grey_dls(bs=16):
+    x,y = torch.full((64,1,4,4), .5),torch.arange(64)%2
+    return tensor_dls(x, 0*y, x, 0*y, x, 0*y, bs=bs, vocab=range(2))
+
+def fit(cb, net=None, epochs=3, **kw):
+    learn = Learner(grey_dls(), net or Bends(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cb, **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
+    return learn
+
+@pytest.mark.parametrize('cb', [lambda: PGDCallback(.1, steps=1), lambda: AOMCallback(.1, steps=2), lambda: MixCallback(PGD(.1, steps=1))])
+def test_training_against_few_steps_is_watched_and_said_once(cb, caplog):
+    fit(cb())
+    says = [r.message for r in caplog.records if r.name=='advmix']
+    assert len(says)==1 and says[0].startswith('epoch 0: FGSM leaves 100% right') and 'Train with more steps' in says[0]
+
+@pytest.mark.parametrize('cb', [lambda: PGDCallback(.1, steps=3), lambda: PGDCallback(.1, steps=(1,2)), lambda: MixCallback('mixup')])
+def test_others_are_not(cb, caplog, monkeypatch):
+    monkeypatch.setattr(loop, 'catastrophic', lambda *a, **k: 1/0)
+    fit(cb())
+    assert not caplog.records
+
+def test_a_network_that_is_sound_is_not_named(caplog):
+    class Sound(Steady):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+        def forward(self, x): return super().forward(x)*self.scale.abs()
+    fit(PGDCallback(.02, steps=1), Sound())
+    assert not caplog.records
+
+def test_watching_changes_nothing(monkeypatch):
+    "Weights, random streams, hooks, metrics and callbacks are those of a training that isn't watched"
+    def trained(watch):
+        with monkeypatch.context() as m:
+            if not watch: m.setattr(loop, '_is_weak', lambda t: False)
+            set_seed(0)
+            net = nn.Sequential(nn.Flatten(), nn.Dropout(.2), nn.BatchNorm1d(16), nn.Linear(16,2))
+            learn = fit(PGDCallback(.1, steps=1), net)
+        hooks = [len(o._forward_hooks)+len(o._forward_pre_hooks) for o in net.modules()]
+        state  = [dl.rng.getstate() for dl in learn.dls.loaders]
+        state += [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
+        return net.state_dict(),state,hooks,len(learn.metrics),len(learn.cbs),[o.training for o in net.modules()]
+    (w,*a),(v,*b) = trained(True),trained(False)
+    assert a==b and all(torch.equal(w[k], v[k]) for k in w)
+
+def test_training_without_validation_images_is_not_watched(caplog):
+    dls = grey_dls()
+    dls.loaders = dls.loaders[:1]
+    learn = Learner(dls, Bends(), loss_func=CrossEntropyLossFlat(), cbs=PGDCallback(.1, steps=1))
+    with learn.no_bar(), learn.no_logging():
+        learn.create_opt()
+        learn.dls.loaders.append([])   # fastai itself wants one
+        learn.fit(1, 1e-3)
+    assert not caplog.records

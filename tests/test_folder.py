@@ -22,3 +22,15 @@ def test_files_are_readable_as_umask_says(tmp_path):
 
 def test_a_folder_without_config_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match='config.json'): Run(tmp_path)
+
+def test_what_further_processes_leave_is_cleared_away_and_nothing_else(tmp_path):
+    "AutoAttack's state is one file for each process"
+    from advmix.config import Config
+    r = Run(tmp_path/'r', Config())
+    mine = {'autoattack-mine.pth', 'autoattacks.pth', 'autoattack_ema-1.txt'}
+    for force in (False, True):
+        r.folder.mkdir(exist_ok=True)
+        for name in mine|{'autoattack-1.pth', 'autoattack_ema-12.pth', 'checkpoint.pth'}: (r.folder/name).write_text('')
+        if force: r._delete()
+        else: r.tidy()
+        assert {p.name for p in r.folder.iterdir()}==mine

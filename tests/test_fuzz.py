@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
-from advmix import cli, experiment as E, files, folder as F, report as R
+from advmix import cli, experiment as E, files, folder as F, judge, report as R
 from advmix.config import Config, DEFAULTS
 from advmix.methods import METHODS
 from advmix.models import ARCHS, get_model
@@ -73,9 +73,11 @@ def test_foreign_json(text):
 
 class Learner:
     "In place of training: leaves what training leaves, or fails as it fails"
-    model,cbs,dls = nn.Linear(2,2),[],SimpleNamespace(vocab=['a','b'])
+    model,cbs = nn.Linear(2,2),[]
+    dls = SimpleNamespace(vocab=['a','b'], loaders=[SimpleNamespace(dataset=[0])]*3)
     def __init__(self, run, ending): self.run,self.ending = run,ending
     def no_bar(self): return contextlib.nullcontext()
+    def add_cb(self, cb): pass
     def fit_one_cycle(self, *args):
         F._write_file(self.run.folder/'history.csv', 'epoch,train_loss,time\n0,1.0,00:01\n')
         if self.ending!='early': F._write_file(self.run.folder/'checkpoint.pth', b'not read here')
@@ -177,11 +179,18 @@ bad  = {'--data': datas, '--device': devices} | {k: words for k in ('--arch','--
 flags = ['--force','--resume','--trust-pickle','--ema','--help','-x','--list']
 more  = ['--seed','--seeds','--eps','--bs','--lr','--size','--n-eval','--n_eval','--jobs','--alpha','--steps','--nonsense','--collect']
 
+of_judge = {'--model': ['', 'x', ':', 'a.b:c', '../x:y', 'os:getcwd', 'os:environ', 'sys:exit', 'json:loads', 'torch.nn:Identity',
+        'fractions:x'],
+    '--mean': ['.5', '.5,.5', *numbers], '--std': ['.5', '.5,.5', *numbers], '--norm': ['linf', 'l2', 'l1', 'l3', ''],
+    '--vocab': ['a,b', ','.join('0123456789'), 'file', 'good.pth', 'x'*300, *words],
+    '--part': ['1/1', '1/2', '0/1', '2/1', '1/99', *numbers],
+    '--source': ['built-in', 'images', 'nowhere', ''], '--merge': [*paths, *outs]}
+
 def command_line(rng):
     "Mostly sensible, here and there something hostile"
-    f    = rng.choice((cli.train, cli.train, cli.compare, cli.evaluate))
+    f    = rng.choice((cli.train, cli.train, cli.compare, judge.evaluate))
     argv = ['--suite','clean'] if rng.random()<.9 else []
-    if f is cli.evaluate:
+    if f is judge.evaluate:
         argv += [rng.choice(['run','good.safetensors','good.pth',*rng.sample(paths, 3)])]
         if rng.random()<.7: argv += ['--data', 'digits']
         if 'good.pth' in argv and rng.random()<.8: argv += ['--arch','convnet_s','--size','8']
@@ -189,6 +198,8 @@ def command_line(rng):
     if f is cli.compare: argv += ['--methods', rng.choice(['vanilla','vanilla,mixup','vanilla:lr=.1',rng.choice(words)]), *rng.choice([[],
         [], ['--list'], ['--collect', rng.choice(outs)]])]
     if f is cli.train:   argv += ['--method', rng.choice(['vanilla','mixup','pgd'])]*(rng.random()<.9)
+    if f is judge.evaluate and rng.random()<.5:
+        for k in rng.sample([*of_judge], rng.choice([1,1,2])): argv += [k, rng.choice(of_judge[k])]
     if rng.random()<.5:  argv += ['--out', rng.choice(outs)]
     for _ in range(rng.choice([0,0,0,1,1,2,3])):
         k = rng.choice([*bad, *more, *flags])
@@ -252,15 +263,16 @@ def stubbed(monkeypatch, world):
     real = files.get_dls
     monkeypatch.setattr(files, 'get_dls', lambda data='digits', **kw: digits if data=='digits' else real(data, **kw))
     monkeypatch.setattr(E, 'get_dls', files.get_dls)
-    def learner(config, run, device=None):
+    def learner(config, run, device=None, *_):
         E.get_dls(config.data, bs=config.bs, seed=config.seed, size=config.size)
-        return Learner(run, ending[0]),dict(arch='convnet_s')
+        return Learner(run, ending[0]),dict(arch='convnet_s', n_classes=2, c_in=1, size=8)
     monkeypatch.setattr(E, '_learner', learner)
     monkeypatch.setattr(E, '_judge', judged)
     monkeypatch.setattr(E, 'plot_compare', lambda runs: None)
     monkeypatch.setattr(E, '_png', lambda fig: b'')
-    monkeypatch.setattr(R, 'robust_report', lambda net, data, **kw: (R._suite(kw['suite'], 'linf'), net(data[0][:2]), Report({},
-        [dict(name='clean', accuracy=.5, n=2, seconds=0.)]))[-1])
+    report = R.robust_report
+    monkeypatch.setattr(R, 'robust_report', lambda net, data, suite, **kw: (R._suite(suite, kw['norm']),
+        report(net, data, suite=['clean'], **kw | dict(n=2, part=None)))[-1])
     monkeypatch.setenv('HOME', str(world))
     return ending
 

@@ -57,3 +57,17 @@ def test_impossible_subjects(subject):
     with pytest.raises(ValueError, match='linf'): Subject(subject.model, subject.x, subject.y, norm='l3')
     nowhere = Subject(subject.model, subject.x, subject.y, source='no-such-folder')
     with pytest.raises(ValueError, match="unknown"): JOBS['corruption'](nowhere)
+
+@pytest.mark.parametrize('job', sorted({*JOBS}-{'sanity'}))
+def test_passes_are_a_bound_and_a_close_one(job, subject):
+    "Counted at a radius where nothing falls; the sanity checks may go on from a suspicion"
+    right = (subject.model(subject.x).argmax(1)==subject.y).nonzero()[:12,0]
+    s = Subject(subject.model, subject.x[right], subject.y[right], eps=1e-6)
+    seen,h = [],s.model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    try: JOBS[job](s)
+    finally: h.remove()
+    f,b = s.passes(job)
+    assert .9*f<=sum(seen)<=f and 0<=b<f
+    assert s.passes('no such job')==(0,0)
+    less = s.passes(job, right=.5)
+    assert less==((f,b) if job in ('clean','corruption','corruptions','occlusion','occlusions','calibration') else (round(f/2),round(b/2)))

@@ -273,6 +273,14 @@ def test_to_moves_everything_but_the_student():
     g.step(*data())
     assert g.to('cpu') is g and g.step(*data())['total'].isfinite()
 
+def test_to_takes_the_generator_the_teacher_and_what_the_optimiser_knows():
+    "Seen by a type, which PyTorch's `to` takes as it takes a device"
+    g = game(gen_opt=OPTIMISERS['adam'], dtype=torch.float32)
+    g.step(*data(dtype=torch.float32))
+    g.to(torch.float64)
+    kept = [v for s in g.gen_opt.state.values() for k,v in s.items() if k!='step']
+    for ts in (g.generator.parameters(), g.teacher.parameters(), kept): assert {t.dtype for t in ts}=={torch.float64}
+
 def test_parity_with_rarer_generator_steps():
     g,signs = game('released', gen_every=2),[]
     for _ in range(8):

@@ -2,6 +2,8 @@
 import copy
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 from advmix.core import trusted
@@ -192,7 +194,7 @@ def test_unmixed():
 def test_as_terms():
     m = Mixed.unmixed(torch.rand(2,1,4,4))
     assert as_terms(m)==[(1.,m)] and as_terms([(.5,m),(2,m)])==[(.5,m),(2,m)] and as_terms(((.5,m),))==[(.5,m)]
-    for bad in (None, m.x, [], [m], [(m,.5)], [(.5,m,1)], (m.x,m.w)):
+    for bad in (None, m.x, [], [m], [(m,.5)], [(.5,m,1)], [[.5,m]], (m.x,m.w)):
         with pytest.raises(TypeError, match='must return a Mixed or a list'): as_terms(bad)
 
 class Climber:
@@ -214,6 +216,34 @@ def test_with_loss_fills_in_what_is_open_and_nothing_else():
 def test_check_positive_names_the_first_fault():
     check_positive(a=1, b=np.float32(.4), c=np.int64(3))
     with pytest.raises(ValueError, match="b=0 must be"): check_positive(a=1, b=0, c=-1)
+
+class Copies(TorchFunctionMode):
+    "How often something goes from the host to another device, and how often the host waits for it"
+    n = waits = 0
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        res = func(*args, **(kwargs or {}))
+        if func is Tensor.to and args[0].is_cpu and not res.is_cpu:
+            self.n,self.waits = self.n+1,self.waits+(not (kwargs or {}).get('non_blocking'))
+        return res
+
+@pytest.mark.parametrize('mixer', [*MIXERS, lambda x: CutMix.rand_box(torch.rand(4), 16, 12, x[:,:2,0,0].long())], ids=[*ids,'centred'])
+def test_the_host_does_not_wait_for_its_copies(mixer):
+    with trusted(), Copies() as c: mixer(torch.rand(4,3,16,12, device='meta'))
+    assert c.n and not c.waits
+
+class Gathers(TorchDispatchMode):
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten.index.Tensor and args[0].ndim==4
+        return func(*args, **(kwargs or {}))
+
+@mixers
+def test_images_are_copied_once_for_each_partner(mixer):
+    "The image itself is where it is already"
+    with Gathers() as g: mixer(torch.rand(4,3,16,12))
+    assert g.n==1
+
+def test_what_can_be_differentiated_by_the_ratio(): assert MixUp.blend and not CutMix.blend
 
 def test_mixers_copy():
     for m in MIXERS: assert vars(copy.deepcopy(m))==vars(m)

@@ -1,5 +1,5 @@
 "What a notebook can't say about itself: exports, ids, README, imports, commands, measures of the house, and what a wheel contains"
-import ast, json, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from configparser import ConfigParser
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -65,27 +65,24 @@ def test_every_public_name_has_a_docstring():
     assert not bare
 
 SIGNATURES = '''
-import importlib, inspect, json, pkgutil, advmix
+import inspect, json
+from public import public
 long = {}
-for m in pkgutil.iter_modules(advmix.__path__):
-    if m.name.startswith('_'): continue
-    mod = importlib.import_module('advmix.'+m.name)
-    for name in mod.__all__:
-        o = getattr(mod, name)
-        if not callable(o) or name=='Config' or o.__module__!=mod.__name__: continue   # Config is what a command takes
-        own = lambda k: k=='__init__' or not k.startswith('_')
-        fs = [f for k,f in vars(o).items() if own(k)] if inspect.isclass(o) else [inspect.unwrap(o)]
-        for f in fs:
-            f = getattr(f, '__func__', f)
-            if not inspect.isfunction(f): continue
-            n = [p for p in inspect.signature(f, follow_wrapped=False).parameters.values() if p.name not in ('self','cls')]
-            if len(n)>12 and not hasattr(f, '__delwrap__'): long[f'{m.name}.{name}.{f.__name__}'] = len(n)
+for mod,name,o in public():
+    if name=='Config' or o.__module__!=mod.__name__: continue   # Config is what a command takes
+    own = lambda k: k=='__init__' or not k.startswith('_')
+    fs = [f for k,f in vars(o).items() if own(k)] if inspect.isclass(o) else [inspect.unwrap(o)]
+    for f in fs:
+        f = getattr(f, '__func__', f)
+        if not inspect.isfunction(f): continue
+        n = [p for p in inspect.signature(f, follow_wrapped=False).parameters.values() if p.name not in ('self','cls')]
+        if len(n)>12 and not hasattr(f, '__delwrap__'): long[f'{mod.__name__}.{name}.{f.__name__}'] = len(n)
 print(json.dumps(long))
 '''
 
 def test_no_signature_is_too_long():
     "At most twelve parameters; what is passed on to somebody else is delegated"
-    r = run('-c', SIGNATURES, cwd=root)
+    r = run('-c', SIGNATURES, cwd=root, env=os.environ|dict(PYTHONPATH=os.pathsep.join([str(root), str(root/'tests')])))
     assert r.returncode==0, r.stderr[-3000:]
     assert json.loads(r.stdout.splitlines()[-1])=={}
 
@@ -180,16 +177,42 @@ next(iter(entry_points(group="console_scripts", name="{name}"))).load()()
     r = run('-c', code)
     assert r.returncode==0 and 'usage' in r.stdout, r.stdout+r.stderr
 
-def test_wheel_and_sdist_are_complete(tmp_path):
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    "A folder with wheel and sdist, built from a copy of the repository"
     pytest.importorskip('setuptools')
-    copy = shutil.copytree(root, tmp_path/'repo', ignore=leave_out)
+    tmp  = tmp_path_factory.mktemp('dist')
+    copy = shutil.copytree(root, tmp/'repo', ignore=leave_out)
     for kind in ('sdist', 'bdist_wheel'):
-        r = run('setup.py', '-q', kind, '--dist-dir', str(tmp_path/'dist'), cwd=copy)
+        r = run('setup.py', '-q', kind, '--dist-dir', str(tmp/'dist'), cwd=copy)
         assert r.returncode==0, r.stderr[-2000:]
-    wheel = zipfile.ZipFile(next((tmp_path/'dist').glob('*.whl'))).namelist()
-    sdist = tarfile.open(next((tmp_path/'dist').glob('*.tar.gz'))).getnames()
-    for m in number:
-        assert f'advmix/{m}.py' in wheel
-        assert any(n.endswith(f'advmix/{m}.py') for n in sdist)
+    return tmp/'dist'
+
+def test_wheel_and_sdist_are_complete(dist):
+    wheel = zipfile.ZipFile(next(dist.glob('*.whl'))).namelist()
+    sdist = tarfile.open(next(dist.glob('*.tar.gz'))).getnames()
+    parts = [p.relative_to(root).as_posix() for p in (root/'advmix').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    assert 'advmix/py.typed' in parts
+    for f in parts: assert f in wheel and any(n.endswith('/'+f) for n in sdist), f
     for f in ('settings.ini', 'README.md', 'LICENSE', 'setup.py'): assert any(n.endswith('/'+f) for n in sdist), f
     assert not any(n.startswith(('tests', 'nbs')) for n in wheel)
+
+def test_the_wheel_works_without_the_repository(dist, tmp_path):
+    "Installed somewhere else, it imports from there, has its commands, and trains"
+    pytest.importorskip('pip')
+    site = tmp_path/'site'
+    r = run('-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', str(site), str(next(dist.glob('*.whl'))), cwd=tmp_path)
+    assert r.returncode==0, r.stderr[-2000:]
+    assert {p.name for p in (site/'bin').iterdir()}>=set(commands())
+    code = '''
+import sys, advmix
+from public import public
+assert {mod.__file__.startswith(sys.argv[1]) for mod,*_ in public()}=={True}
+from advmix.cli import train
+sys.argv = 'advmix_train --method pgd --epochs 1 --steps 1 --n-eval 16 --suite clean,pgd20 --out run'.split()
+train()
+'''
+    (tmp_path/'public.py').write_text((root/'tests/public.py').read_text())
+    r = run('-c', code, str(site), cwd=tmp_path, env=os.environ|dict(PYTHONPATH=os.pathsep.join([str(site), str(tmp_path)])))
+    assert r.returncode==0, r.stderr[-2000:]
+    assert (tmp_path/'run/report.json').exists() and 'worst case' in r.stdout

@@ -5,6 +5,7 @@ import contextlib
 import pytest, torch
 from fastai.vision.all import (CrossEntropyLossFlat, EarlyStoppingCallback, GradientAccumulation, GradientClip, Learner, MixedPrecision,
                                SaveModelCallback, accuracy, load_learner)
+from advmix import callbacks
 from advmix.data import tensor_dls
 from learners import *
 from test_loop import hooks, torch_dls
@@ -124,4 +125,8 @@ def test_pair(cb, situation, tmp_path):
     check(learn)
 
 def test_number_of_pairs(capsys):
+    "Every callback that advmix exports is in them"
     with capsys.disabled(): print(f'\n{len(CBS)} callbacks in {len(SITUATIONS)} situations: {len(PAIRS)} pairs')
+    assert len(set(PAIRS))==len(CBS)*len(SITUATIONS)>=280
+    exported = {o for n in callbacks.__all__ if n.endswith('Callback') and isinstance(o := getattr(callbacks, n), type)}
+    assert exported-{callbacks.GameCallback}=={type(make()) for make in CBS.values()}   # the base of two that are there

@@ -250,3 +250,34 @@ def test_compare(net, xy, tmp_path):
     elsewhere = robust_report(net, (xy[0][:40],xy[1][:40]), suite=fast, **quiet)
     assert {r['how'] for r in compare_reports([a, elsewhere]).rows if 'how' in r}=={'unpaired'}
     with pytest.raises(ValueError, match='differ in eps'): compare_reports([a, robust_report(net, xy, suite=fast, eps=.2, progress=False)])
+
+def test_an_unfinished_autoattack_goes_on_with_the_report(net, xy, tmp_path):
+    "Its state lies beside the report until its row is in there; a state without a report is nobody's"
+    out,state,seen = tmp_path/'r.json',tmp_path/'r.json.autoattack',[]
+    def autoattack(s):
+        seen.append(s.state.read_text() if s.state.exists() else None)
+        s.state.write_text('half')
+        if len(seen)==1: raise KeyboardInterrupt
+        return dict(name='autoattack', accuracy=.5, n=4)
+    kw = dict(suite=['clean',autoattack,'fgsm'], **quiet)
+    state.write_text('stale')
+    r = robust_report(net, xy, out=out, resume=True, **kw)
+    assert list(r.missing)==['autoattack','fgsm'] and state.read_text()=='half'
+    r = robust_report(net, xy, out=out, resume=True, **kw)
+    assert r.missing=={} and not state.exists() and seen==[None,'half']
+    state.write_text('half')
+    robust_report(net, xy, out=out, **kw)                                # from the beginning
+    assert seen[2] is None and not state.exists()
+    robust_report(net, xy, out=out, state=tmp_path/'mine', **kw)
+    assert (tmp_path/'mine').exists()                                    # who names a state keeps it
+
+def test_progress_is_told_to_whom_it_may_concern(net, xy, capsys):
+    class Ear:
+        said = []
+        def begin(self, s, jobs): self.said.append((len(s.x), jobs))
+        def at(self, job, share): self.said.append((job, share))
+    robust_report(net, xy, suite=['clean','pgd20'], progress=Ear())
+    n,jobs = Ear.said[0]
+    assert jobs==['clean','pgd20'] and n==len(xy[0]) and ('pgd20',0.) in Ear.said and all(0<=s<1 for _,s in Ear.said[1:])
+    robust_report(net, xy, suite=['clean'], **quiet)
+    assert capsys.readouterr().out==''

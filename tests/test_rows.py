@@ -30,6 +30,11 @@ def test_files_there_and_back(tmp_path):
         (tmp_path/'x.json').write_text(text)
         with pytest.raises(ValueError, match='not a report'): Report.from_json(tmp_path/'x.json')
 
+def test_what_is_no_file_is_no_report(tmp_path):
+    "Not even tried: reading a device may never end"
+    for p in (tmp_path, '/dev/zero'):
+        with pytest.raises(ValueError, match='is not a report'): Report.from_json(p)
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     report().to_json(tmp_path/'r.json')
     before,bad = (tmp_path/'r.json').read_text(),report()
@@ -120,6 +125,24 @@ def test_parts_are_joined():
     assert m.sanity==[dict(name='noise', verdict='suspicious', says='says 2')]
     assert m.rows[-1]['name']=='worst case' and m.rows[-1]['stands']=='010011' and m.rows[-1]['flags']==['autoattack saw 4 of 6 images']
     json.dumps(m.rows)
+
+def test_a_part_in_which_nothing_fell():
+    "Its row says of nothing what it fell to; the joined row still says it of the others"
+    parts = [Report(dict(n=2, part=[k,2])) for k in (1,2)]
+    parts[0].add(verdict('autoattack', '11', by=['','']))
+    parts[1].add(verdict('autoattack', '10', by=['','square']))
+    for order in (parts, parts[::-1]):
+        m = Report.merge(order)
+        assert m.rows[0]['by']==m.rows[-1]['by']=={'square':[3]} and m.rows[-1]['name']=='worst case'
+    all_stand = [Report(dict(n=2, part=[k,2])) for k in (1,2)]
+    for p in all_stand: p.add(verdict('autoattack', '11', by=['','']))
+    assert Report.merge(all_stand).rows[0]['stands']=='1111'
+
+def test_a_report_with_something_missing_is_not_complete():
+    rep = report()
+    rep.check_complete()
+    rep.missing = dict(curve='interrupted', fgsm='no gradient')
+    with pytest.raises(ValueError, match=r'not measured: curve \(interrupted\); fgsm \(no gradient\)'): rep.check_complete()
 
 def test_parts_that_do_not_fit(tmp_path):
     for key,bad in (('eps',.2), ('norm','l2'), ('seed',1), ('network','xyz'), ('vocab',['a']), ('suite','full'), ('source','library')):

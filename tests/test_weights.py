@@ -1,5 +1,6 @@
 "Whatever holds weights becomes a network that takes pixels, or a sentence says what does not fit"
-import pytest, torch, torchvision
+import pickle, numpy as np, pytest, torch, torchvision
+from safetensors.torch import save_file
 from torch import nn
 from fastai.vision.all import Learner, CrossEntropyLossFlat, create_vision_model
 from advmix.data import digits_dls
@@ -88,3 +89,23 @@ def test_somebody_elses_body_and_head():
 def test_the_network_is_ready_to_be_judged():
     net = model_with(get_model('resnet18').state_dict(), 'resnet18')
     assert not any(m.training for m in net.modules()) and isinstance(net, nn.Sequential) and list(stages(net))[0]=='net.layer1'
+
+class Evil:
+    def __reduce__(self): return eval, ('open("pwned","w").close()',)
+
+def test_files_are_read_and_no_code_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = get_model('convnet', 7, mean=[.1,.2,.3], std=[.3,.2,.1]).eval()
+    save_file(net.state_dict(), tmp_path/'w.safetensors')
+    torch.save(dict(model=net.state_dict(), opt=dict(hypers=[dict(lr=np.float64(.1), mom=np.float32(.9))])), tmp_path/'w.pth')
+    for f in ('w.safetensors','w.pth'): assert torch.equal(model_with(f, 'convnet', n_classes=7)(x), net(x))
+    (tmp_path/'half.pth').write_bytes((tmp_path/'w.pth').read_bytes()[:900])
+    (tmp_path/'half.safetensors').write_bytes((tmp_path/'w.safetensors').read_bytes()[:900])
+    (tmp_path/'evil.pth').write_bytes(pickle.dumps(Evil()))
+    torch.save(Evil(), tmp_path/'evil2.pth')
+    for f in ('half.pth','half.safetensors','evil.pth','evil2.pth'):
+        with pytest.raises(ValueError, match='cannot be read as weights'): model_with(tmp_path/f)
+    torch.save([1,2], tmp_path/'list.pth')
+    with pytest.raises(ValueError, match='a list holds no weights'): model_with(tmp_path/'list.pth')
+    with pytest.raises(FileNotFoundError): model_with(tmp_path/'nothing.pth')
+    assert not (tmp_path/'pwned').exists()
