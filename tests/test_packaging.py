@@ -143,21 +143,18 @@ assert state()==before
     assert r.returncode==0, r.stderr[-3000:]
 
 def test_import_costs_little():
-    "Everything advmix exports, on top of `fastai.vision.all`: under a tenth of the time"
+    "Everything advmix exports, on top of `fastai.vision.all`, brings two small packages"
     code = '''
-from time import perf_counter as now
-t0 = now(); import fastai.vision.all; t1 = now()
+import sys, fastai.vision.all
+before = {m.partition(".")[0] for m in sys.modules}
 import importlib, pkgutil, advmix
 for m in pkgutil.iter_modules(advmix.__path__):
     if not m.name.startswith('_'): importlib.import_module('advmix.'+m.name)
-print((now()-t1)/(t1-t0))
+print(*{m.partition(".")[0] for m in sys.modules}-before)
 '''
-    ratios = []
-    for _ in range(3):   # a busy machine only makes it slower
-        r = run('-c', code, cwd=root)
-        assert r.returncode==0, r.stderr[-3000:]
-        ratios.append(float(r.stdout))
-    assert min(ratios)<.1, ratios
+    r = run('-c', code, cwd=root)
+    assert r.returncode==0, r.stderr[-3000:]
+    assert 'advmix' in r.stdout.split() and set(r.stdout.split())<={'advmix','pyautoattack','safetensors','joblib'}
 
 def commands():
     ini = ConfigParser(delimiters=['='])
