@@ -7,6 +7,7 @@ __all__ = ['time_steps', 'time_peers', 'predict_hours']
 
 # %% ../nbs/72_cost.ipynb #5ab3771d
 import copy, os, random
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 from types import SimpleNamespace
@@ -51,9 +52,15 @@ def _by_turns(fs, rounds):
     return q.set_axis(['seconds','q1','q3'], axis=1)
 
 # %% ../nbs/72_cost.ipynb #e3e11fed
+class _NoModules(nullcontext):
+    "In place of torch's tracker of modules, which refuses gradients at a leaf; only the total is wanted"
+    parents = {'Global'}
+
 def _flops(f):
     "Floating-point operations of matrix products and convolutions while `f()` runs"
-    with FlopCounterMode(display=False) as count: f()
+    count = FlopCounterMode(display=False)
+    count.mod_tracker = _NoModules()
+    with count: f()
     return count.get_total_flops()
 
 def _peak(f, device):

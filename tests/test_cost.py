@@ -5,6 +5,7 @@ from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy
 from advmix.cost import *
 from advmix.cost import _by_turns, _flops, _peak
 from advmix.data import digits_dls
+from advmix.methods import METHODS
 from advmix.models import get_model
 
 small = dict(arch='convnet', size=8, bs=4, rounds=1)
@@ -21,6 +22,11 @@ def test_table():
     t = time_steps(['pgd'], **small)
     assert list(t.index)==['vanilla','pgd'] and t.steps['vanilla']==1 and (t.q1<=t.seconds).all() and (t.seconds<=t.q3).all()
     assert (t.MiB>0).all() and abs(t.images_s['pgd']*t.seconds['pgd']-4)<1e-6
+
+def test_every_method_can_be_timed_and_counted():
+    "None takes less arithmetic than an ordinary step"
+    t = time_steps([m for m in METHODS if m!='vanilla'], **small, steps=1)
+    assert (t.floor>=.999).all() and (t.seconds>0).all() and len(t)==len(METHODS)
 
 def test_settings_of_one_method():
     "Image side and batch may differ by row; arithmetic grows with them"
