@@ -166,3 +166,4 @@ def compare(
     print(f'\naccuracy in percent{", mean ± standard deviation over seeds" if res.seed.nunique()>1 else ""}\n')
     print(table(res).to_string())
     print('\n'.join(f'  {Path(out)/f}' for f in ('compare.json','compare.png')))
+    if specs: print(f'next: advmix_eval {Path(out)/next(reversed(Config.sweep(specs, seeds, **kwargs)))} --suite full')

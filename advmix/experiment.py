@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event, Thread
 from time import perf_counter
 import matplotlib.pyplot as plt
 import pandas as pd, torch
@@ -73,6 +74,17 @@ class _Progress(Callback):
     def row(self, row):
         self.said = perf_counter()
         _print_row([*self.recorder.metric_names, 'left'], [*row, self.left()])
+
+# %% ../nbs/70_experiment.ipynb #14be0c22
+class _Judging:
+    "A line every half minute while a network is judged"
+    every = 30
+    def __init__(self): self.said = perf_counter()
+    def begin(self, subject, jobs): "The opening lines were there before the training"
+    def at(self, job, share):
+        if perf_counter()-self.said<self.every: return
+        self.said = perf_counter()
+        print(f'{job}: {share:.0%} done', flush=True)
 
 # %% ../nbs/70_experiment.ipynb #20d08d01
 def _opening(learn, spec, c, ranks):
@@ -230,13 +242,14 @@ def _found(config, out, resume, force, progress, ranks):
         with suppress(OSError):
             r.tidy()   # it may have been killed between the report and the end, and be read-only now
         return r,True
-    if resume and progress and not r.unfinished: print(f'{r.folder} holds nothing to go on with: starting', flush=True)
+    if resume and progress is True and not r.unfinished: print(f'{r.folder} holds nothing to go on with: starting', flush=True)
     return r,False
 
 def _train(learn, spec, r, ranks, progress):
     "Name -> trained network; `_ema` is the average"
-    bars = progress and sys.stdout.isatty()
     if progress: _opening(learn, spec, r.config, ranks)
+    progress = progress is True
+    bars = progress and sys.stdout.isatty()
     if not bars: learn.logger = noop
     if progress and not bars: learn.add_cb(_Progress())
     with nullcontext() if bars else learn.no_bar(), _spread(learn, ranks):
@@ -252,7 +265,7 @@ def _make_run(r, ranks, force, progress):
         nets = _train(learn, spec, r, ranks, progress)
         if not ranks.k:
             for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
-        _judge(r, nets, learn.dls, ranks, progress and sys.stdout.isatty())
+        _judge(r, nets, learn.dls, ranks, progress is True and (sys.stdout.isatty() or _Judging()))
 
 # %% ../nbs/70_experiment.ipynb #c6675078
 def run(
@@ -261,14 +274,14 @@ def run(
     device=None,        # A torch device; None is a GPU if there is one
     resume:bool=False,  # Go on with an unfinished run
     force:bool=False,   # Replace the run that is in the folder
-    progress:bool=True, # Show epochs as they come, with bars in a terminal
+    progress=True,      # Show epochs as they come, with bars in a terminal; 'opening': only what is trained, and where
 )->Run:                 # The finished run
     "Train and judge one network and write everything down; a finished run is opened; of several processes one returns"
     ranks = _Ranks(device)
     with ranks.together():
         r,there = ranks.first(lambda: _found(config, out, resume, force, progress, ranks))
         try:
-            if not there: _make_run(r, ranks, force, progress and not ranks.k)
+            if not there: _make_run(r, ranks, force, False if ranks.k else progress)
         except ValueError as e:
             fastais = r'^Exception occured in `\w+` when calling event `\w+`:\s*'
             raise ValueError(re.sub(fastais, '', str(e))) from e
@@ -284,13 +297,13 @@ def _row(r, spec):
     last = r.history.iloc[-1].filter(['mask_entropy'])
     return dict(spec=spec, seed=r.config.seed, **{o['name']: o['accuracy'] for o in r.report.rows}, **last)
 
-def _make(name, config, out, device, force, threads):
+def _make(name, config, out, device, force, progress, threads):
     "One run of a sweep: its name, the sentence it failed with or None, and seconds"
     if threads:   # a process of its own
         torch.set_num_threads(threads)
         signal.signal(signal.SIGINT, signal.SIG_IGN)   # who waits for us ends us
     t,why = perf_counter(),None
-    try: run(config, out/name, device, resume=not force, force=force, progress=False)
+    try: run(config, out/name, device, resume=not force, force=force, progress=progress)
     except ValueError as e: why = str(e)
     return name,why,perf_counter()-t
 
@@ -302,6 +315,25 @@ def _made(tasks, jobs):
     threads = max(1, (os.cpu_count() or 1)//jobs)
     with parallel_config('loky', n_jobs=jobs, inner_max_num_threads=threads):
         return Parallel(return_as='generator_unordered')(delayed(_make)(*o, threads) for o in tasks)
+
+class _Pulse(Thread):
+    "A line every half minute about the runs that are being made; their folders say how far they are"
+    every = 30
+    def __init__(self, out, sweep, todo):
+        super().__init__(daemon=True)
+        self.out,self.epochs,self.done = out,{n: sweep[n][1].epochs for n in todo},Event()
+    def says(self):
+        for n,epochs in self.epochs.items():
+            h = self.out/n/'history.csv'
+            if not h.exists() or (self.out/n/'report.json').exists(): continue   # not begun, or finished
+            k = len(h.read_text().splitlines())-1
+            yield f'{n}: epoch {k} of {epochs}' if k<epochs else f'{n}: being judged'
+    def run(self):
+        while not self.done.wait(self.every):
+            with suppress(OSError):   # a folder may go while we look
+                if line := '; '.join(self.says()): print(line, flush=True)
+    def __enter__(self): self.start()
+    def __exit__(self, *args): self.done.set()
 
 def _collected(out, progress=True):
     "A row for each finished run in a folder"
@@ -335,12 +367,14 @@ def compare_runs(
     if progress: print(f'{len(todo)} runs to make in {out}, {len(sweep)-len(todo)} there, {jobs} at a time', flush=True)
     devices = device.split(',') if isinstance(device, str) else [device]
     failed,start = {},perf_counter()
-    tasks = [(n, sweep[n][1], out, devices[i%len(devices)], force) for i,n in enumerate(todo)]
+    says  = lambda i: 'opening' if progress and i==0 else False   # data and network are the same in all
+    tasks = [(n, sweep[n][1], out, devices[i%len(devices)], force, says(i)) for i,n in enumerate(todo)]
     try:
-        for i,(name,why,sec) in enumerate(_made(tasks, jobs), 1):
-            if why: failed[name] = why
-            left = f', about {_seconds((perf_counter()-start)/i*(len(todo)-i))} left' if i<len(todo) else ''
-            if progress: print(f'[{i}/{len(todo)}] {name}: {why or _seconds(sec)}{left}', flush=True)
+        with _Pulse(out, sweep, todo) if progress else nullcontext():
+            for i,(name,why,sec) in enumerate(_made(tasks, jobs), 1):
+                if why: failed[name] = why
+                left = f', about {_seconds((perf_counter()-start)/i*(len(todo)-i))} left' if i<len(todo) else ''
+                if progress: print(f'[{i}/{len(todo)}] {name}: {why or _seconds(sec)}{left}', flush=True)
     except KeyboardInterrupt: raise KeyboardInterrupt('the same comparison goes on where it stopped') from None
     res = _written([_row(Run(out/n), spec) for n,(spec,_) in sweep.items() if n not in failed], out)
     if failed: raise ValueError('; '.join(f'{n} failed: {why}' for n,why in failed.items()))

@@ -270,3 +270,24 @@ def test_the_command_of_a_config_makes_the_same_config(monkeypatch):
         monkeypatch.setattr('sys.argv', c.command().split())
         with pytest.raises(SystemExit): cli.train()
         assert seen[-1]==c
+
+def test_lines_about_what_is_being_made(tmp_path):
+    "Epochs from the history of each folder; then it is judged, then finished"
+    sweep = Config.sweep(['vanilla','pgd','mixup'], epochs=4)
+    pulse = E._Pulse(tmp_path, sweep, list(sweep))
+    for n,lines in {'vanilla-0': 3, 'pgd-0': 5}.items():
+        (tmp_path/n).mkdir()
+        (tmp_path/n/'history.csv').write_text('epoch\n'*lines)
+    assert list(pulse.says())==['vanilla-0: epoch 2 of 4', 'pgd-0: being judged']   # mixup hasn't begun
+    (tmp_path/'pgd-0/report.json').write_text('{}')
+    assert list(pulse.says())==['vanilla-0: epoch 2 of 4']
+
+def test_a_pipe_is_told_every_half_minute(tmp_path, capfd, monkeypatch):
+    for c in (E._Progress, E._Judging, E._Pulse): monkeypatch.setattr(c, 'every', .001)
+    run(Config('vanilla', **small|dict(epochs=2)), tmp_path/'r', 'cpu')
+    says = capfd.readouterr().out
+    assert 'epoch 1 of 2, batch' in says and 'clean: ' in says and '% done' in says
+    compare_runs(['vanilla','mixup'], 1, tmp_path/'c', **small|dict(epochs=2))
+    says = capfd.readouterr().out
+    assert says.count('images for training')==1 and 'convnet_s' in says and 'epochs of' in says
+    assert 'vanilla-0: ' in says and '% done' not in says and '[2/2] mixup-0' in says
