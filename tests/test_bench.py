@@ -33,7 +33,7 @@ except SystemExit: print('torch' in sys.modules)
 
 def test_the_script_for_gpus_runs_anywhere(tmp_path):
     root,out = Path(__file__).resolve().parents[1],tmp_path/'g.json'
-    small = '--data random --arch convnet_s --bs 16 --n 32 --steps 1 --epochs 1 --methods pgd --rounds 1 --peak_side 64'
+    small = '--data random --arch convnet_s --bs 16 --n 32 --steps 1 --epochs 1 --methods pgd --rounds 1 --peak 64'
     small = [*small.split(), '--device', 'cpu', '--out']
     r = subprocess.run([sys.executable, root/'nbs/experiments/gpu_bench.py', *small, out], capture_output=True, text=True, cwd=tmp_path,
                        env=os.environ|dict(PYTHONPATH=str(root)))

@@ -103,6 +103,7 @@ class Stop(Callback):
     def after_batch(self):
         if (self.epoch,self.iter)==(1,1): os.kill(os.getpid(), signal.SIGINT)
 methods.METHODS['vanilla'] = lambda c: [Stop()]
+signal.signal(signal.SIGINT, signal.default_int_handler)   # whoever runs this in the background has it ignored
 """
     args = ['--method', 'vanilla', '--epochs', '3', '--n_eval', '16', '--suite', 'clean']
     run  = lambda before, *more: subprocess.run([sys.executable, '-c', before+code('train'), *args, *more], cwd=tmp_path,

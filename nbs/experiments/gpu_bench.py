@@ -1,7 +1,7 @@
 """What a GPU makes of it: PGD-10 training of ResNet-18 on CIFAR-10, seconds an epoch and share of the measured matrix peak; steps of every method
 
     python nbs/experiments/gpu_bench.py --out nbs/experiments/results/gpu_bench.json
-    python nbs/experiments/gpu_bench.py --data random --arch convnet --bs 64 --n 256 --steps 1 --peak_side 256 --device cpu   # a try anywhere
+    python nbs/experiments/gpu_bench.py --data random --arch convnet --bs 64 --n 256 --steps 1 --peak 256 --device cpu   # a try anywhere
 
 `--data random` takes noise of CIFAR-10's size where that is not at hand; time is the same. Results are written as they come."""
 import json
@@ -67,7 +67,7 @@ def main(
     epochs:int=3,           # Epochs measured, after one that isn't
     methods:str='mixup,cutmix,pgd,aom,iat,automix,adautomix,adautomix:n_mix=2', # Of the table
     rounds:int=10,          # Steps measured for each method in the table
-    peak_side:int=8192,     # Side of the matrices whose product measures the peak
+    peak:int=8192,          # Side of the matrices whose product measures the peak
     device:str=None,        # cuda if there is one
     out:str=None,           # Write to this .json
 ):
@@ -78,7 +78,7 @@ def main(
     seen = len(dls.train)*bs   # of `n`; some are held out, and the last batch is dropped
     res = dict(device=torch.cuda.get_device_name(device) if cuda else 'cpu', torch=torch.__version__,
                settings=dict(data=data, arch=arch, size=size, bs=bs, steps=steps, n=n), epochs=[],
-               peak={k: matrix_peak(device, getattr(torch, k), peak_side) for k in ('float32','bfloat16')})
+               peak={k: matrix_peak(device, getattr(torch, k), peak) for k in ('float32','bfloat16')})
     def write(*more):
         print(*more, flush=True)
         if out: Path(out).write_text(json.dumps(res, indent=1))
