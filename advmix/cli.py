@@ -6,7 +6,7 @@
 __all__ = ['command', 'train', 'compare']
 
 # %% ../nbs/71_cli.ipynb #ea6a699e
-import errno, re, sys, warnings
+import errno, re, shlex, sys, warnings
 from argparse import Namespace
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -119,7 +119,7 @@ def _show_run(r):
     print(f'{c.method} on {c.data}, eps {c.eps:.4g}, seed {c.seed}')
     r.report.show()
     print('\n'.join(f'  {p}' for p in sorted(r.folder.iterdir())))
-    print(f'next: advmix_eval {r.folder} --suite full')
+    print(f'next: advmix_eval {shlex.quote(str(r.folder))} --suite full')
 
 # %% ../nbs/71_cli.ipynb #47d50d5c
 @command
@@ -166,4 +166,6 @@ def compare(
     print(f'\naccuracy in percent{", mean ± standard deviation over seeds" if res.seed.nunique()>1 else ""}\n')
     print(table(res).to_string())
     print('\n'.join(f'  {Path(out)/f}' for f in ('compare.json','compare.png')))
-    if specs: print(f'next: advmix_eval {Path(out)/next(reversed(Config.sweep(specs, seeds, **kwargs)))} --suite full')
+    if specs:
+        last = Path(out)/next(reversed(Config.sweep(specs, seeds, **kwargs)))
+        print(f'next: advmix_eval {shlex.quote(str(last))} --suite full')

@@ -16,11 +16,11 @@ from fastai.torch_core import set_seed
 from torch import nn
 from advmix.attack import Threat
 from advmix.autoattack import autoattack
-from advmix.callbacks import AOMCallback, IATCallback, PGDCallback
+from advmix.callbacks import AOMCallback, EMACallback, IATCallback, PGDCallback
 from advmix.data import data_stats, split_tensors, tensor_dls
-from advmix.ema import Average
 from advmix.evaluate import attacked, clean
 from advmix.files import get_dls
+from advmix.folder import Run, load_model, save_model
 from advmix.mix import CutMix
 from advmix.models import get_model
 
@@ -57,25 +57,19 @@ def arms(steps):
         aom_fast   = lambda: AOMCallback(ratio='fixed', **one))
 
 class Curves(Callback):
-    "The average of the weights, and both networks on held-out images after every epoch; the best of each is kept"
-    order = 4
-    def __init__(self, x, y, folder): self.x,self.y,self.folder,self.rows = x,y,folder,[]
-    def before_fit(self):
-        self.avg  = Average(self.learn.model, n_steps=self.n_epoch*len(self.dls.train))
-        self.best = {}
-        self.t    = time.perf_counter()
-    def before_batch(self):
-        if self.training and self.iter>=self.n_iter-20: self.avg.see(self.xb[0].as_subclass(torch.Tensor))
-    def after_step(self): self.avg.update(self.learn.model)
+    "Student and average on held-out images after every epoch; the best of each is kept, and the last"
+    order = 60
+    def __init__(self, x, y, folder, spec): self.x,self.y,self.folder,self.spec,self.rows = x,y,folder,spec,[]
+    def before_fit(self): self.best,self.t = {},time.perf_counter()
     def after_epoch(self):
         row = dict(epoch=self.epoch, seconds=round(time.perf_counter()-self.t, 1))
-        for name,net in dict(student=self.learn.model, average=self.avg.net).items():
+        for name,net in dict(student=self.learn.model, average=self.learn.ema.average.net).items():
             r   = attacked(net, self.x, self.y, Threat(EPS, steps=10), bs=400).accuracy
             row = row | {f'{name}_clean': clean(net, self.x, self.y).accuracy, f'{name}_pgd10': r}
-            torch.save(net.state_dict(), self.folder/f'{name}_last.pt')
+            save_model(net, self.folder/f'{name}_last.safetensors', VOCAB, **self.spec)
             if r>self.best.get(name, -1):
                 self.best[name] = r
-                torch.save(net.state_dict(), self.folder/f'{name}_best.pt')
+                save_model(net, self.folder/f'{name}_best.safetensors', VOCAB, **self.spec)
         self.rows.append(row)
         print(self.folder.name, row, flush=True)
 
@@ -84,10 +78,7 @@ def loaders(data, bs, seed):
     d = np.load(data)
     return tensor_dls(d['x_train'], d['y_train'], x_test=d['x_test'], y_test=d['y_test'], bs=bs, vocab=VOCAB, seed=seed, augment=True)
 
-def write(file, d):
-    tmp = file.with_suffix('.tmp')
-    tmp.write_text(json.dumps(d))
-    tmp.replace(file)
+def write(file, d): Run.write_file(file, json.dumps(d))   # whole or not at all
 
 def train(arm, seed, a):
     folder = Path(a.out)/f'{arm}-{seed}'
@@ -98,9 +89,10 @@ def train(arm, seed, a):
     m,s   = data_stats(dls)
     spec  = dict(arch=a.arch, n_classes=10, c_in=3, size=32, mean=m, std=s)
     x,y   = split_tensors(dls, 'valid', 400)
-    seen  = Curves(x, y, folder)
+    seen  = Curves(x, y, folder, spec)
     loss  = nn.CrossEntropyLoss(label_smoothing=matched_smoothing() if arm=='pgd_ls' else 0.)
-    learn = Learner(dls, get_model(**spec).to(memory_format=torch.channels_last), loss_func=loss, cbs=[arms(a.steps)[arm](), seen])
+    net   = get_model(**spec).to(memory_format=torch.channels_last)
+    learn = Learner(dls, net, loss_func=loss, cbs=[arms(a.steps)[arm](), EMACallback(), seen])
     t     = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
     write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds), epochs=a.epochs, bs=a.bs, lr=a.lr,
@@ -110,16 +102,13 @@ def train(arm, seed, a):
 def judge(arm, seed, a):
     folder = Path(a.out)/f'{arm}-{seed}'
     if not (folder/'train.json').exists(): return print(folder, 'is not trained yet')
-    spec  = json.loads((folder/'train.json').read_text())['spec']
     dls   = loaders(a.data, a.bs, seed)
     x,y   = split_tensors(dls, 'test')
     xs,ys = split_tensors(dls, 'test', a.n_attack)
     for name in a.nets.split(','):
         file = folder/f'judged_{name}{"_full" if a.full else ""}.json'
         if file.exists(): continue
-        net = get_model(**spec).to(memory_format=torch.channels_last)
-        net.load_state_dict(torch.load(folder/f'{name}.pt', weights_only=True))
-        net.eval()
+        net = load_model(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
         if a.full: vs = [autoattack(net, xs, ys, EPS, bs=250, progress=False)]
         else: vs = [clean(net, x, y), attacked(net, xs, ys, Threat(EPS, steps=20), name='pgd20', bs=500),
                     autoattack(net, xs, ys, EPS, attacks=('apgd-ce','apgd-t'), bs=500, progress=False)]
