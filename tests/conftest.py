@@ -2,11 +2,19 @@
 import os
 os.environ |= dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
 import pytest, torch
+from fastai.torch_core import set_seed
 
 torch.set_num_threads(1)
 
+def pytest_addoption(parser):
+    parser.addoption('--seed', type=int, default=0, help='another seed before each test: what fails with some was luck')
+
+def pytest_configure(config): set_seed(config.getoption('--seed'))
+
 @pytest.fixture(autouse=True)
-def seed(): torch.manual_seed(0)
+def seed(request):
+    "torch, NumPy and Python's random, which fastai's DataLoader shuffles by"
+    set_seed(request.config.getoption('--seed'))
 
 @pytest.fixture(scope='module')
 def tiles():
