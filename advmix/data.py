@@ -35,7 +35,7 @@ def _label(o): return o.label
 # %% ../nbs/01_data.ipynb #cbb7b054
 def _open(path):
     "An image file in RGB; `ValueError` if it can't be read"
-    try: return Image.open(path).convert('RGB')
+    try: return ImageOps.exif_transpose(Image.open(path)).convert('RGB')   # upright, as the camera was held
     except Exception as e:   # Pillow raises nearly anything on broken files
         why = 'too many pixels' if isinstance(e, Image.DecompressionBombError) else type(e).__name__
         raise ValueError(f'{path} ({why}) cannot be read as an image: remove or replace it') from e

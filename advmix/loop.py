@@ -83,7 +83,7 @@ def _check_classes(x, y, model, loss_func):
     if y.ndim!=1 or y.is_floating_point() or y.dtype==torch.bool: return
     with untouched(model): out = model(x[:1])
     n = out.shape[1] if out.ndim==2 and out.shape[1]>1 else None   # one output: a loss such as BCE
-    check_labels(y[y!=getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)], n, 'the targets')
+    check_labels(y[y!=getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)], n, 'the target')
 
 # %% ../nbs/40_loop.ipynb #d7aec9d4
 def _pixels_as_items(t): return t.movedim(1, -1).flatten(0, -2)[...,None,None]   # (B,C,H,W) -> (B*H*W,C,1,1)

@@ -189,6 +189,16 @@ def test_unreadable_files_are_named_together(tmp_path, monkeypatch):
     with pytest.raises(Exception) as e, learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert 'cannot be read' not in str(e.value)
 
+def test_a_photograph_is_turned_as_the_camera_was_held(tmp_path):
+    "Orientation 6: the first row of the file is the right edge of the picture"
+    a = np.zeros((16,16,3), 'uint8')
+    a[:4] = 255
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(a).save(tmp_path/'held.png', exif=exif)
+    x = to_pixels(tmp_path/'held.png')
+    assert (x[...,-4:]==1).all() and (x[...,:-4]==0).all()
+
 def test_decompression_bomb(tmp_path, monkeypatch):
     files = write(tmp_path)
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)   # the files have 256

@@ -2,7 +2,9 @@
 
     python adversarial.py train DATA OUT --arms pgd,aom --seeds 0,1    # weights and curves into OUT/ARM-SEED/
     python adversarial.py judge DATA OUT --arms pgd,aom --seeds 0,1    # test images: clean, PGD-20, APGD-CE and APGD-T
-    python adversarial.py collect DATA OUT results/cifar_aom.json      # one file of all that was judged
+    python adversarial.py segment DATA OUT --arms pgd,aom --seeds 0,1  # labels and predictions between two test images
+    python adversarial.py sanity DATA OUT --arms pgd,aom --seeds 0     # is the robustness real?
+    python adversarial.py collect DATA OUT results/cifar_aom.json      # one file of all that was found
 
 DATA is an `.npz` with `x_train`, `y_train`, `x_test`, `y_test` (uint8, NCHW) and the names of the classes in
 CIFAR-10's order, or "cifar10", which fastai downloads. What is there already is not made again. `--amp bf16` trains in
@@ -22,8 +24,10 @@ from advmix.data import data_stats, split_tensors, tensor_dls
 from advmix.evaluate import attacked, clean
 from advmix.files import get_dls
 from advmix.folder import Run, load_model, save_model
+from advmix.interp import segment_loss
 from advmix.mix import CutMix
 from advmix.models import get_model
+from advmix.sanity import sanity
 
 VOCAB = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 NETS  = ['student_last', 'student_best', 'average_last', 'average_best']
@@ -99,8 +103,8 @@ def train(arm, seed, a):
     learn = Learner(dls, get_model(**spec), loss_func=loss, cbs=cbs).pace(amp=a.amp, channels_last=True)
     t     = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
-    write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds), epochs=a.epochs, bs=a.bs, lr=a.lr,
-        steps=a.steps, eps=EPS, amp=a.amp, spec=spec, seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
+    write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds),
+        epochs=a.epochs, bs=a.bs, lr=a.lr, steps=a.steps, eps=EPS, amp=a.amp, spec=spec, seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
         python=platform.python_version(), threads=torch.get_num_threads()))
 
 def judge(arm, seed, a):
@@ -119,23 +123,55 @@ def judge(arm, seed, a):
         write(file, [dict(arm=arm, seed=seed, net=name) | v.row() | dict(stands=''.join('01'[int(b)] for b in v.stands)) for v in vs])
         print(folder.name, name, {v.name: round(100*v.accuracy, 1) for v in vs}, flush=True)
 
+def each_net(kind):
+    "`kind(net, x, y)` on the first test images, once per network, beside the weights"
+    def work(arm, seed, a):
+        folder = Path(a.out)/f'{arm}-{seed}'
+        x,y    = split_tensors(loaders(a.data, a.bs, seed), 'test', a.n_attack)
+        for name in a.nets.split(','):
+            file = folder/f'{kind.__name__}_{name}.json'
+            if file.exists() or not (folder/'train.json').exists(): continue
+            net = load_model(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
+            write(file, dict(arm=arm, seed=seed, net=name) | kind(net, x, y))
+            print(folder.name, name, kind.__name__, flush=True)
+    return work
+
+def segments(net, x, y):
+    "KL from the mixed label to the prediction on the way from each image to the next of another class, in nats"
+    two  = y!=y.roll(1)
+    ends = x[two],y[two],x.roll(1, 0)[two],y.roll(1)[two]
+    t    = torch.linspace(0, 1, 11)
+    seen = dict(t=short(t))
+    for k,threat in dict(clean=None, attacked=Threat(EPS, steps=10)).items():
+        kl = segment_loss(net, *ends, t=t, threat=threat)
+        seen |= {k: short(kl.mean(1)), f'{k}_pairs': short(kl.mean(0))}   # along the way, and pair by pair
+    return seen
+
+def short(t): return [round(v, 3) for v in t.tolist()]
+
+def battery(net, x, y): return dict(rows=sanity(net, x[:100], y[:100], EPS).rows)
+
 def collect(a):
-    of      = lambda glob: [json.loads(f.read_text()) for f in sorted(Path(a.out).glob(glob))]
-    trained = of('*/train.json')
-    rows    = [r for rs in of('*/judged_*.json') for r in rs]
-    write(Path(a.to), dict(trained=trained, judged=rows))
-    print(f'{len(trained)} trainings and {len(rows)} rows in {a.to}')
+    of    = lambda glob: [json.loads(f.read_text()) for f in sorted(Path(a.out).glob(glob))]
+    found = dict(trained=of('*/train.json'), judged=[r for rs in of('*/judged_*.json') for r in rs],
+                 segments=of('*/segments_*.json'), sanity=of('*/battery_*.json'))
+    write(Path(a.to), {k: v for k,v in found.items() if v})
+    print(', '.join(f'{len(v)} {k}' for k,v in found.items()), 'in', a.to)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for o,h in dict(do='train, judge or collect', data='an .npz, or cifar10', out='folder of the runs').items(): p.add_argument(o, help=h)
+    told = dict(do='train, judge, segment, sanity or collect', data='an .npz, or cifar10', out='folder of the runs')
+    for o,h in told.items(): p.add_argument(o, help=h)
     p.add_argument('to', nargs='?', help='collect: the file to write')
-    for o,v in dict(arms='pgd,aom', seeds='0', epochs=20, lr=.015, bs=128, arch='convnet_s', steps=5, n_attack=500, nets=','.join(NETS), amp='no').items():
+    given = dict(arms='pgd,aom', seeds='0', epochs=20, lr=.015, bs=128, arch='convnet_s', steps=5, n_attack=500,
+                 nets=','.join(NETS), amp='no')
+    for o,v in given.items():
         p.add_argument(f'--{o}', default=v, type=type(v), help=f'{v} if not given')
     p.add_argument('--full', action='store_true', help='judge: all four attacks of AutoAttack')
     a = p.parse_args()
     torch.set_num_threads(1)
+    jobs = dict(train=train, judge=judge, segment=each_net(segments), sanity=each_net(battery))
     if a.do=='collect': collect(a)
     else:
         for seed in a.seeds.split(','):
-            for arm in a.arms.split(','): dict(train=train, judge=judge)[a.do](arm, int(seed), a)
+            for arm in a.arms.split(','): jobs[a.do](arm, int(seed), a)
