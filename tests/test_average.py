@@ -176,4 +176,4 @@ def test_deepcopy_of_the_model_leaves_the_learner_behind(dls):
 
 @pytest.mark.parametrize('kw', [dict(decay=1.5), dict(decay=.9, final=-1), dict(final=.99), dict(validate='mean')])
 def test_wrong_settings(kw):
-    with pytest.raises(ValueError): EMACallback(**kw)
+    with pytest.raises(ValueError, match=[*kw][-1]): EMACallback(**kw)

@@ -30,12 +30,13 @@ def grey(n=64): return torch.full((n,1,4,4), .5),torch.zeros(n, dtype=torch.long
 def test_a_network_that_resists_single_steps_only_is_named():
     x,y = grey()
     one,ten,says = catastrophic(Bent(), x, y, .1)
-    assert (one,ten)==(1.,0.) and 'catastrophic overfitting' in says and '100%' in says and ' 0%' in says and '\n' not in says
+    assert one==1 and ten<.1   # a random start may lie in the flat middle
+    assert 'catastrophic overfitting' in says and '100%' in says and f'{ten:.0%}' in says and '\n' not in says
 
 def test_a_network_that_falls_to_both_or_to_none_is_not():
     x,y = grey()
     assert catastrophic(Steady(), x, y, .1)==(0.,0.,'') and catastrophic(Steady(), x, y, .02)==(1.,1.,'')
-    assert catastrophic(Bent(), x, y, .1, gap=1.)[2]=='' and catastrophic(Bent(), x, y, .1, gap=.99)[2]
+    assert catastrophic(Bent(), x, y, .1, gap=1.)[2]=='' and catastrophic(Bent(), x, y, .1, gap=.9)[2]
 
 def test_it_is_fgsm_and_pgd_with_ten_steps():
     torch.manual_seed(0)

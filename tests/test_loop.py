@@ -1,5 +1,6 @@
 "MixCallback and its shells on tiny Learners: nothing broken, nothing leaked, the right loss on the right targets"
 import copy, inspect
+import matplotlib.pyplot as plt
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.vision.all import (CSVLogger, Callback, CrossEntropyLossFlat, DataLoaders, DiceLoss, EarlyStoppingCallback, FocalLossFlat,
@@ -467,9 +468,12 @@ def torch_dls(generator=None, workers=0):
 def test_show_mix_before_any_fit_on_every_kind_of_loaders(dls, cb):
     for d in (dls, normalised(tensors()), torch_dls(), torch_dls(torch.Generator())):
         learn = learner(d, CBS[cb]())
-        learn.show_mix(2)
-        quiet(learn)
-        learn.show_mix(2)
+        for _ in range(2):   # before a fit and after it
+            learn.show_mix(2)
+            drawn = [ax for ax in plt.gcf().axes if ax.images]
+            plt.close()
+            assert len(drawn)>=4 and len(drawn)%2==0   # columns of two pictures, with at least a partner beside the mixture
+            quiet(learn)
 
 @pytest.mark.parametrize('make', [lambda: tensors(), torch_dls, lambda: torch_dls(torch.Generator().manual_seed(3))])
 @pytest.mark.parametrize('cb', ['mixup', 'pgd'])

@@ -184,7 +184,7 @@ def test_wrong_outputs_raise_and_leave_nothing(batch):
 def test_bad_input(net, batch):
     x,y = batch
     for bad in (dict(alpha=0), dict(layers='input'), dict(layers=[])):
-        with pytest.raises(ValueError): ManifoldMix(**bad)
+        with pytest.raises(ValueError, match=[*bad][0]): ManifoldMix(**bad)
     with pytest.raises(ValueError, match='inside a model'): ManifoldMix()(x, y)
     with pytest.raises(ValueError, match='DataParallel'): ManifoldMix()(x, y, nn.DataParallel(net))
     with pytest.raises(ValueError, match='stage1'): ManifoldMix(layers=['nope'])(x, y, net)

@@ -215,7 +215,7 @@ def test_puzzle_adversarial_option():
         assert (m.x-clean).abs().max()<=eps+1e-6
     assert moved>eps/4 and all(p.grad is None for p in net.parameters())
     for bad in (dict(adv_p=2), dict(adv_p=.1, saliency=fine_grained), dict(eps=0, adv_p=.1), dict(blocks=(0,)), dict(t_size=0)):
-        with pytest.raises(ValueError): PuzzleMix(**bad)
+        with pytest.raises(ValueError, match=[*bad][0]): PuzzleMix(**bad)
 
 def test_puzzle_mean_follows_the_prior():
     "Flat images and saliency leave the prior alone: the binomial's mode"

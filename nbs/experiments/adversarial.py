@@ -23,11 +23,12 @@ from advmix.callbacks import AOMCallback, EMACallback, IATCallback, PGDCallback
 from advmix.data import data_stats, split_tensors, tensor_dls
 from advmix.evaluate import attacked, clean
 from advmix.files import get_dls
-from advmix.folder import Run, load_model, save_model
+from advmix.folder import Run, save_model
 from advmix.interp import segment_loss
 from advmix.mix import CutMix
 from advmix.models import get_model
 from advmix.sanity import sanity
+from advmix.weights import from_pretrained
 
 VOCAB = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 NETS  = ['student_last', 'student_best', 'average_last', 'average_best']
@@ -104,7 +105,8 @@ def train(arm, seed, a):
     t     = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
     write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds),
-        epochs=a.epochs, bs=a.bs, lr=a.lr, steps=a.steps, eps=EPS, amp=a.amp, spec=spec, seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
+        epochs=a.epochs, bs=a.bs, lr=a.lr, steps=a.steps, eps=EPS, amp=a.amp, spec=spec,
+        seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
         python=platform.python_version(), threads=torch.get_num_threads()))
 
 def judge(arm, seed, a):
@@ -116,11 +118,12 @@ def judge(arm, seed, a):
     for name in a.nets.split(','):
         file = folder/f'judged_{name}{"_full" if a.full else ""}.json'
         if file.exists(): continue
-        net = load_model(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
+        net = from_pretrained(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
         if a.full: vs = [autoattack(net, xs, ys, EPS, bs=250, progress=False)]
         else: vs = [clean(net, x, y), attacked(net, xs, ys, Threat(EPS, steps=20), name='pgd20', bs=500),
                     autoattack(net, xs, ys, EPS, attacks=('apgd-ce','apgd-t'), bs=500, progress=False)]
-        write(file, [dict(arm=arm, seed=seed, net=name) | v.row() | dict(stands=''.join('01'[int(b)] for b in v.stands)) for v in vs])
+        stands = lambda v: ''.join('01'[int(b)] for b in v.stands)
+        write(file, [dict(arm=arm, seed=seed, net=name) | v.row() | dict(stands=stands(v)) for v in vs])
         print(folder.name, name, {v.name: round(100*v.accuracy, 1) for v in vs}, flush=True)
 
 def each_net(kind):
@@ -131,7 +134,7 @@ def each_net(kind):
         for name in a.nets.split(','):
             file = folder/f'{kind.__name__}_{name}.json'
             if file.exists() or not (folder/'train.json').exists(): continue
-            net = load_model(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
+            net = from_pretrained(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
             write(file, dict(arm=arm, seed=seed, net=name) | kind(net, x, y))
             print(folder.name, name, kind.__name__, flush=True)
     return work
