@@ -17,9 +17,10 @@ from fastai.callback.schedule import fit_one_cycle
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch import nn
-from advmix.attack import Threat
+from advmix.aom import AOM
+from advmix.attack import PGD, Threat
 from advmix.autoattack import autoattack
-from advmix.callbacks import AOMCallback, EMACallback, IATCallback, PGDCallback
+from advmix.callbacks import AOMCallback, EMACallback, IATCallback, MixCallback, PGDCallback
 from advmix.data import data_stats, split_tensors, tensor_dls
 from advmix.evaluate import attacked, clean
 from advmix.files import get_dls
@@ -62,6 +63,29 @@ def arms(steps):
         aom_shared = lambda: AOMCallback(where='shared', **at),
         aom_fast   = lambda: AOMCallback(ratio='fixed', **one))
 
+class Then:
+    "One mixer until `share` of the training is done, another from there on"
+    def __init__(self, first, second, share=.75): self.first,self.second,self.share = first,second,share
+    def __call__(self, *args, **kwargs): return self.first(*args, **kwargs)
+    def at(self, progress): return self.first if progress<self.share else self.second
+
+def recipes(steps):
+    "What could mend a mixture: a near ratio, steeper draws, half of the batches, the last quarter without"
+    at   = dict(eps=EPS, step=EPS/4, steps=steps)
+    pgd  = PGD(**at)
+    aom  = lambda **kw: AOM(**dict(ratio='kl') | kw, **at)
+    cut  = lambda: AOM(where='mix', mixer=CutMix(per_sample=True), **at)
+    half = lambda mixer: MixCallback([(mixer, .5), (pgd, .5)])
+    return dict(
+        aom_near        = lambda: MixCallback(aom(radius=.1)),
+        aom_steep       = lambda: MixCallback(aom(alpha=.3)),
+        aom_half        = lambda: half(aom()),
+        aom_stop        = lambda: MixCallback(Then(aom(), pgd)),
+        fixed_steep     = lambda: MixCallback(aom(ratio='fixed', alpha=.3)),
+        fixed_stop      = lambda: MixCallback(Then(aom(ratio='fixed'), pgd)),
+        cutmix_pgd_half = lambda: half(cut()),
+        cutmix_pgd_stop = lambda: MixCallback(Then(cut(), pgd)))
+
 class Curves(Callback):
     "Student and average on held-out images after every epoch; the best of each is kept, and the last"
     order = 60
@@ -100,7 +124,7 @@ def train(arm, seed, a):
     x,y   = split_tensors(dls, 'valid', 400)
     seen  = Curves(x, y, folder, spec, half=a.amp!='no')
     loss  = nn.CrossEntropyLoss(label_smoothing=matched_smoothing() if arm=='pgd_ls' else 0.)
-    cbs   = [arms(a.steps)[arm](), EMACallback(), seen]
+    cbs   = [(arms(a.steps)|recipes(a.steps))[arm](), EMACallback(), seen]
     learn = Learner(dls, get_model(**spec), loss_func=loss, cbs=cbs).pace(amp=a.amp, channels_last=True)
     t     = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
