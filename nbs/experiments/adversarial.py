@@ -187,7 +187,8 @@ def collect(a):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    told = dict(do='train, judge, segment, sanity or collect', data='an .npz, or cifar10', out='folder of the runs')
+    told = dict(do='train, judge, segment, sanity, collect, or some of them with commas between',
+                data='an .npz, or cifar10', out='folder of the runs')
     for o,h in told.items(): p.add_argument(o, help=h)
     p.add_argument('to', nargs='?', help='collect: the file to write')
     given = dict(arms='pgd,aom', seeds='0', epochs=20, lr=.015, bs=128, arch='convnet_s', steps=5, n_attack=500,
@@ -198,7 +199,8 @@ if __name__=='__main__':
     a = p.parse_args()
     torch.set_num_threads(1)
     jobs = dict(train=train, judge=judge, segment=each_net(segments), sanity=each_net(battery))
-    if a.do=='collect': collect(a)
-    else:
-        for seed in a.seeds.split(','):
-            for arm in a.arms.split(','): jobs[a.do](arm, int(seed), a)
+    for do in a.do.split(','):
+        if do=='collect': collect(a)
+        else:
+            for seed in a.seeds.split(','):
+                for arm in a.arms.split(','): jobs[do](arm, int(seed), a)
