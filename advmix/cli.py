@@ -121,11 +121,24 @@ def _show_run(r):
     print('\n'.join(f'  {p}' for p in sorted(r.folder.iterdir())))
     print(f'next: advmix_eval {shlex.quote(str(r.folder))} --suite full')
 
+def _read(config, recipe, settings):
+    "Settings of a recipe, of a file and of the command line; each wins over those before"
+    return Config.ingredients(recipe, **Config.read(config)|settings)
+
+def _list_recipes():
+    "A line for each recipe"
+    rows = [('recipe','method','network','data','epochs','source')]
+    for name,d in Config.recipes().items():
+        rows.append((name, d['method'], d['arch'], d['data'].partition(':')[0], str(d['epochs']), d['source']))
+    widths = [max(map(len, col)) for col in zip(*rows)]
+    for row in rows: print('  '.join(v.ljust(w) for v,w in zip(row, widths)).rstrip())
+
 # %% ../nbs/71_cli.ipynb #47d50d5c
 @command
 @delegates(Config)
 def train(
     out:str=None,       # Run folder; runs/<data>-<method>-<seed>
+    recipe:str=None,    # Settings of a published training, by name; list shows all; options given here win
     config:str=None,    # Settings from a JSON or YAML file, such as a run's config.json; options given here win
     device:str=None,    # cpu, cuda, ...; a GPU if there is one
     resume:bool=False,  # Go on with an interrupted run
@@ -133,8 +146,10 @@ def train(
     **kwargs
 ):
     "Train a classifier on mixtures and judge it by AutoAttack"
+    if recipe=='list': return _list_recipes()
+    c = Config(**_read(config, recipe, kwargs))
     from advmix.experiment import run
-    r = run(Config(**Config.read(config)|kwargs), out, device, resume, force)
+    r = run(c, out, device, resume, force)
     _show_run(r)
     r.report.check_complete()
 
@@ -145,6 +160,7 @@ def compare(
     methods:str='vanilla,mixup,pgd,mix_pgd,iat,aom', # Methods, with commas; settings may follow: aom:where=shared
     seeds:int=1,            # How many seeds, from 0
     out:str='runs/compare', # Folder; one run folder each inside it
+    recipe:str=None,        # Settings of a published training, by name, but for method and seed; list shows all
     config:str=None,        # Settings from a JSON or YAML file, but for method and seed; options given here win
     device:str=None,        # cpu, cuda, ..., or several to take turns: cuda:0,cuda:1; a GPU if there is one
     jobs:int=1,             # Runs at a time
@@ -154,8 +170,9 @@ def compare(
     **kwargs
 ):
     "Train several methods with several seeds and compare them"
+    if recipe=='list': return _list_recipes()
     specs  = methods.split(',')
-    kwargs = {k: v for k,v in Config.read(config).items() if k not in ('method','seed')} | kwargs
+    kwargs = {k: v for k,v in _read(config, recipe, kwargs).items() if k not in ('method','seed')}
     if list:
         for name,(_,c) in Config.sweep(specs, seeds, **kwargs).items():
             print(c.command('--out', f'{out}/{name}', '--resume'))

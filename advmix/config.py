@@ -7,6 +7,7 @@ __all__ = ['DEFAULTS', 'Config']
 
 # %% ../nbs/68_config.ipynb #e1bd133c
 import json, math, os, re, shlex
+from importlib.resources import files
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,9 +29,16 @@ class Config:
         data:str='digits',      # digits, cifar10, cifar100, or a folder of images
         arch:str=None,          # Architecture, such as resnet18, see `get_model`; default by the data, as those below
         size:int=None,          # Side of the images in pixels
-        epochs:int=None,        # Epochs of the one-cycle schedule
+        epochs:int=None,        # Epochs
         bs:int=None,            # Batch size
         lr:float=None,          # Highest learning rate
+        opt:str='adam',         # Optimiser: adam, its weight decay decoupled, or sgd as PyTorch has it
+        wd:float=None,          # Weight decay; .01 for adam, 5e-4 for sgd
+        mom:float=None,         # Momentum; .9, but in one_cycle down from .95 to .85 and up again
+        sched:str='one_cycle',  # Learning rate: one_cycle, cosine; a tenth: step at 1/2, 3/4; late at 10/11, 21/22
+        lr_end:float=0.,        # cosine: the last learning rate
+        warmup:int=0,           # cosine: epochs before it in which the rate climbs from 0
+        pretrained:bool=False,  # Start from published ImageNet weights, which are downloaded
         eps:float=None,         # Radius of the attack in training and evaluation, in pixel units, in (0,1]
         step:float=None,        # Length of an attack step in training; eps/4
         steps:int=None,         # Attack steps in training
@@ -42,6 +50,8 @@ class Config:
         beta:float=.3,          # adautomix: weight of the teacher's loss against the cosine
         c:float=None,           # adautomix: strength of the adversary; beta if balanced, 1 if printed
         n_mix:int=3,            # adautomix: images in each mixture
+        published:str='no',     # adautomix, automix: all as in the released code for small or large images
+        gen_lr:float=None,      # adautomix, automix: highest learning rate of the generator; its optimiser's own
         ema:bool=False,         # Average the weights too, and report both networks
         amp:str='no',           # Half precision in training: no, bf16, or on a GPU fp16
         channels_last:bool=False, # Keep channels last in memory while training
@@ -84,12 +94,15 @@ def _finite(v):
     except OverflowError: return False   # a whole number too long for a float
 
 # %% ../nbs/68_config.ipynb #db60b5d1
+_WD = dict(adam=.01, sgd=5e-4)
+
 @patch
 def _fill(self:Config):
     "Open settings take the data set's default"
     for k,v in DEFAULTS.get(self.data, DEFAULTS['folder']).items():
         if getattr(self, k) is None: setattr(self, k, v)
     if self.step is None: self.step = self.eps/4
+    if self.wd   is None: self.wd   = _WD.get(self.opt)
 
 # %% ../nbs/68_config.ipynb #3c5f22b5
 @patch
@@ -103,14 +116,32 @@ def _values(self:Config):
     need(self.arch in ARCHS or self.arch in models.list_models(module=models) or self.arch.startswith('timm:'), 'arch',
          f'choose one of {", ".join(ARCHS)}, a classification network of torchvision, or timm: and a name there')
     need(0<self.eps<=1, 'eps', 'a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
-    for k in 'size epochs bs lr step steps alpha n_mix n_eval'.split():
+    for k in 'size epochs bs lr step steps alpha n_mix gen_lr n_eval'.split():
         need(getattr(self, k) is None or getattr(self, k)>0, k, 'must be positive')
+    self._training()
     need(self.n_mix<=self.bs, 'n_mix', f'a mixture cannot have more images than a batch, {self.bs}')
     need(0<=self.seed<2**32, 'seed', 'must lie in 0..4294967295')
     need(self.amp in ('no','fp16','bf16'), 'amp', 'choose no, fp16 or bf16')
     need(self.suite in SUITES or set(self.suite.split(','))<=set(JOBS), 'suite',
          f'choose one of {", ".join(SUITES)}, or some of {", ".join(JOBS)}, separated by commas')
     METHODS[self.method](self)
+
+@patch
+def _training(self:Config):
+    "`ValueError` for an optimiser, a schedule or a start that can't be"
+    from advmix.models import ARCHS
+    need = self._need
+    need(self.opt in _WD, 'opt', 'choose adam or sgd')
+    need(self.sched in ('one_cycle','cosine','step','late'), 'sched', 'choose one_cycle, cosine, step or late')
+    need(self.wd>=0, 'wd', 'must not be negative')
+    need(self.mom is None or 0<=self.mom<1, 'mom', 'must lie in [0,1)')
+    for k in ('lr_end','warmup'):
+        need(getattr(self, k)==0 or self.sched=='cosine', k, 'is for sched=cosine, leave it out')
+    need(0<=self.lr_end<=self.lr, 'lr_end', f'must lie between 0 and the highest rate, lr={self.lr:g}')
+    need(0<=self.warmup<self.epochs, 'warmup', f'must leave some of the {self.epochs} epochs')
+    need(self.published in ('no','small','large'), 'published', 'choose no, small or large')
+    need(not (self.pretrained and callable(ARCHS.get(self.arch))), 'pretrained',
+         f'there are no published weights of {self.arch}, choose a network of torchvision such as resnet18')
 
 @patch
 def _here(self:Config):
@@ -145,7 +176,7 @@ def command(self:Config,
 )->str:
     "The shell command that makes this run"
     base = {k: p.default for k,p in _settings.items()} | DEFAULTS.get(self.data, DEFAULTS['folder'])
-    base |= dict(method=None, data=None, seed=None, step=self.eps/4)
+    base |= dict(method=None, data=None, seed=None, step=self.eps/4, wd=_WD[self.opt])
     words = ['advmix_train']
     for k,v in vars(self).items():
         if v!=base[k]: words += [f'--{k.replace("_", "-")}', *[str(v)]*(v is not True)]
@@ -193,6 +224,12 @@ def _loaded(path):
         raise ValueError(f'{path} cannot be read as {"YAML" if Path(path).suffix!=".json" else "JSON"} '
                          f'({str(e).splitlines()[0][:80]})') from None
 
+def _checked(d, path):
+    "The settings `d` of a file; `ValueError` names those that don't exist"
+    if new := [k for k in d if k not in _settings]:
+        raise ValueError(f'{path}: {", ".join(map(repr, new))} is not a setting, choose among {", ".join(_settings)}')
+    return d
+
 @patch(cls_method=True)
 def read(cls:Config,
     path=None,  # A JSON file, or YAML if its name ends in .yaml or .yml; None: no file
@@ -200,11 +237,44 @@ def read(cls:Config,
     "The settings in a file; `ValueError` names those that don't exist"
     d = {} if path is None else _loaded(path)
     if not isinstance(d, dict): raise ValueError(f'{path} holds no settings: write name: value, one in a line')
-    if new := [k for k in d if k not in _settings]:
-        raise ValueError(f'{path}: {", ".join(map(repr, new))} is not a setting, choose among {", ".join(_settings)}')
-    if d.get('amp') is False: d['amp'] = 'no'   # YAML's no
+    _checked(d, path)
+    d |= {k: 'no' for k in ('amp','published') if d.get(k) is False}   # YAML's no
     text = lambda k,v: isinstance(v, str) and _settings[k].annotation is not str
     return {k: _parsed(str(path), k, v) if text(k, v) else v for k,v in d.items()}
+
+# %% ../nbs/68_config.ipynb #084547f2
+_about = 'source','data','notes'   # what a recipe has besides settings
+
+@patch(cls_method=True)
+def recipes(cls:Config)->dict:
+    "Name -> settings of every recipe, with its `source`, the `data` that it expects, and `notes`"
+    found = sorted(files('advmix').joinpath('recipes').iterdir(), key=lambda p: p.name)
+    return {p.name[:-5]: json.loads(p.read_text(encoding='utf-8')) for p in found if p.name.endswith('.json')}
+
+@patch(cls_method=True)
+def ingredients(cls:Config,
+    name:str=None,  # A recipe; None: no recipe
+    **options       # Settings that win over the recipe's
+)->dict:            # Name -> value, to be given to `Config`
+    "The settings of a recipe; `ValueError` if there is no such recipe, or the data are missing that it is for"
+    if name is None: return options
+    all_ = cls.recipes()
+    if name not in all_: raise ValueError(f'recipe={name!r}: choose one of {", ".join(all_)}')
+    d,named = all_[name],[k for k in DEFAULTS if k!='folder']
+    expects = d['data']
+    res = _checked({k: v for k,v in d.items() if k not in _about}, f'recipe {name}') | options
+    if expects in named: return dict(data=expects) | res
+    if res.get('data') in named or os.path.isdir(str(res.get('data'))): return res
+    there = f'data={res["data"]!r} is not there' if 'data' in res else f'recipe={name} comes without data'
+    raise ValueError(f'{there}; data=FOLDER should be {expects}')
+
+@patch(cls_method=True)
+def recipe(cls:Config,
+    name:str,       # One of `Config.recipes()`
+    **overrides     # Settings that win over the recipe's
+)->Config:
+    "The config of a recipe; `ValueError` as from `ingredients`"
+    return cls(**cls.ingredients(name, **overrides))
 
 # %% ../nbs/68_config.ipynb #2c7f6d06
 @patch(cls_method=True)

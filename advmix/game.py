@@ -130,9 +130,9 @@ class GameCallback(MixCallback):
         self.learn.metrics += [_Term(self.companion, k) for k in self.terms_played() if k not in have]
 
     def terms_played(self)->list:
-        "Names of the columns: terms that are computed, and `mask_entropy`"
+        "Names of the columns: terms that are computed, and what the masks are like"
         played = [k for n in self.n_mix for k,w in self.game.weights(n).items() if w or k not in ('mce','ace')]
-        return [*dict.fromkeys(played), 'mask_entropy']
+        return [*dict.fromkeys(played), 'mask_entropy', 'slope']
 
     def before_train(self):
         "Begin an epoch with clean sums; begin a fit with its schedules, and with equal players on all processes"
@@ -158,8 +158,9 @@ class GameCallback(MixCallback):
 
     def mixed_losses(self, pred, y):
         "One total for the backward pass of both players"
-        res = self.game.loss(pred, y)
-        res['mask_entropy'] = mask_entropy(self.mixed.mask)
+        res,m = self.game.loss(pred, y),self.mixed
+        share,lam = (t.float()-t.float().mean() for t in (m.mask.mean((2,3)), m.lam))
+        res |= dict(mask_entropy=mask_entropy(m.mask), slope=(share*lam).sum(), spread=lam.square().sum())
         for k,v in res.items(): self.sums.setdefault(k, []).append(v.detach())   # `.item()` would wait for the device
         return res['total']
 
@@ -174,8 +175,11 @@ class GameCallback(MixCallback):
         if not getattr(getattr(self.learn, 'mixed_precision', None), 'skipped', False): self.game.after_step()
 
     def after_train(self):
-        "Average every term over the epoch"
-        self.epoch_means = {k:torch.stack(v).mean().item() for k,v in self.sums.items()}
+        "Average every term over the epoch; the slope is that of one line through all its mixtures"
+        means  = {k:torch.stack(v).mean().item() for k,v in self.sums.items()}
+        spread = means.pop('spread', 0)
+        if 'slope' in means: means['slope'] = means['slope']/spread if spread else math.nan
+        self.epoch_means = {k:v for k,v in means.items() if v==v or k!='slope'}
         self.means.append(self.epoch_means)
 
     def after_epoch(self): "From here on the terms are of the past"; self.epoch_means = {}
@@ -184,11 +188,11 @@ class GameCallback(MixCallback):
         "Every term in every epoch, losses left, the rest right; returns the axes; `ValueError` before the first fit"
         if not self.means: raise ValueError('nothing to plot yet: fit first')
         _,axs = plt.subplots(1, 2, figsize=(7,2.4), dpi=72)
-        for ax,keys in zip(axs, (('amce','mce','ace'), ('amce_teacher','cosine','share','mask_entropy'))):
+        for ax,keys in zip(axs, (('amce','mce','ace'), ('amce_teacher','cosine','share','mask_entropy','slope'))):
             for k in keys:
                 if k in self.means[-1]: ax.plot([m.get(k, math.nan) for m in self.means], 'o-', ms=3, label=k)
             ax.set_xlabel('epoch')
-            ax.legend(fontsize=8)
+            ax.legend(fontsize=8, ncols=2, frameon=False, loc='lower center', bbox_to_anchor=(.5,1))
         return axs
 
 # %% ../nbs/42_game.ipynb #ae74b942

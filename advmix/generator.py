@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from fastcore.basics import patch
 from .core import *
 from .models import *
+from .weights import from_pretrained as trained_network
 from .mix import *
 from .attention import *
 
@@ -146,3 +147,19 @@ class AutoMixGenerator(MaskGenerator):
         super().__init__(PairAttention(c_in, lam_plane), n_mix=2, alpha=alpha, stage=stage, up=up,
                          per_sample=per_sample, lam_margin=lam_margin)
         self.rate = 2/c_in   # a logit sums over the channels: more of them, smaller steps
+
+# %% ../nbs/31_generator.ipynb #854b3958
+@patch(cls_method=True)
+def from_pretrained(cls:MaskGenerator,
+    name,           # As for `from_pretrained` in `06_weights`, such as 'adautomix-cifar10'
+    **settings      # Of the generator, such as `n_mix`; those that shape it must be as in training
+)->MaskGenerator:
+    "The generator that was trained with a network; `ValueError` if there is none, or one of another kind"
+    net = trained_network(name)
+    state,settings = net.beside.get('generator', {}),net.about.get('generator', {}) | settings
+    if 'attention.v.weight' not in state: raise ValueError(f'no generator of masks was trained with {name}')
+    gen = cls(state['attention.v.weight'].shape[1]-settings.get('lam_plane', True), **settings)
+    try: gen.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f'the generator of {name} is no {cls.__name__} ({str(e).splitlines()[1].strip()[:80]})') from None
+    return gen

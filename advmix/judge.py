@@ -6,7 +6,7 @@
 __all__ = ['evaluate']
 
 # %% ../nbs/75_judge.ipynb #e40a7e9a
-import importlib, math, os, re, sys, time, traceback
+import importlib, math, os, re, sys, traceback
 from inspect import signature
 from pathlib import Path
 from fastcore.basics import patch
@@ -134,7 +134,8 @@ def _exported(path, trust):
 @patch
 def find(self:_Task):
     "The network, its class names, and what normalises in front of it: None if not known, () if it does so itself"
-    from advmix.folder import Run, load_model
+    from advmix.folder import Run
+    from advmix.weights import from_pretrained
     if self.model: return _called(self.model),None,self.stats
     path = Path(self.path)
     if path.suffix=='.pkl':
@@ -143,7 +144,7 @@ def find(self:_Task):
         return net,names,stats or self.stats
     if not path.is_dir() and (self.arch or path.suffix!='.safetensors'): return None,None,self.stats
     if self.stats: raise ValueError(f'{path} has its own normalisation: leave mean= and std= out')
-    return *(Run(path).model(vocab=True) if path.is_dir() else load_model(path, vocab=True)),()
+    return *(Run(path).model(vocab=True) if path.is_dir() else from_pretrained(path, vocab=True)),()
 
 @patch
 def fill(self:_Task, **kwargs):
@@ -231,69 +232,10 @@ def suspect(self:_Task, report):
     if not self.names: why.append('if its classes have another order than those of the data, give their names as vocab')
     row['flags'] = row.get('flags', [])+[w for w in why if w not in row.get('flags', [])]
 
-# %% ../nbs/75_judge.ipynb #9dd446b0
-def _duration(s):
-    if s<100: return f'{s:.0f} s' if s>=10 else f'{s:.1f} s'
-    return f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
-
-def _timed(s):
-    "Seconds to send an image of a `Subject` forward, and back; the number of outputs; the share that is right"
-    import torch
-    from advmix.core import device_of, input_grad
-    from advmix.evaluate import examined
-    with examined(s.model, s.seed) as net:
-        def took(z, back=False):
-            t = time.perf_counter()
-            with torch.set_grad_enabled(back): out = net(z)
-            if back: out = input_grad(out.sum(), z)
-            out.sum().item()   # waits for a GPU
-            return (time.perf_counter()-t)/len(z),out
-        z = s.x[:s.bs].to(device_of(net, s.x)).float().requires_grad_()
-        took(z[:8].detach().requires_grad_(), True)   # the first pass prepares what later ones find ready
-        few = z if took(z[:8])[0]*len(z)<2 else z[:32]   # a large batch on a slow machine takes long
-        fwd,out = took(few)
-        right = (out.argmax(1).cpu()==s.y[:len(few)]).float().mean().item()
-        return fwd,max(0, took(few.detach().requires_grad_(), True)[0]-fwd),out.shape[1],right
-
-# %% ../nbs/75_judge.ipynb #84b022e8
-class _Lines:
-    "Tells what is judged, how long that may take, and how far it is"
-    def __init__(self, head, every=30):   # `head(subject)` gives the opening lines
-        self.head,self.tty = head,sys.stdout.isatty()
-        self.every = .3 if self.tty else every
-
-    def begin(self, s, jobs):
-        fwd,back,k,right = _timed(s)
-        self.cost  = {j: f*fwd+b*back for j in jobs for f,b in [s.passes(j, k, right)]}
-        each = f'{_ms(fwd)} an image forward, {_ms(back)} back'
-        time_ = f'about {_duration(sum(self.cost.values()))} if nothing falls, at {each}'
-        if not jobs: time_ = 'none, all was measured before'
-        head = self.head(s) | dict(attacks=', '.join(jobs) or 'none', time=time_)
-        for k,v in head.items(): print(f'{k:8} {v}')
-        print(flush=True)
-        self.since = self.last = time.monotonic()
-
-    def at(self, job, share):
-        now = time.monotonic()
-        if share==0: self.since = now
-        if now-self.last<self.every: return
-        self.last = now
-        took,names = now-self.since,list(self.cost)
-        here = took*(1-share)/share if share>.02 else self.cost[job]*(1-share)
-        left = here+sum(self.cost[j] for j in names[names.index(job)+1:])
-        self.say(f'{job} {share:.0%}, about {_duration(left)} left')
-
-    def say(self, text):
-        print(f'\r{text:60}' if self.tty else text, end='' if self.tty else '\n', flush=True)
-    def end(self):
-        if self.tty: print(f'\r{"":60}\r', end='', flush=True)
-
-def _ms(s): return f'{1e3*s:.2g} ms'
-
 # %% ../nbs/75_judge.ipynb #3064bdfa
 @patch
 def head(self:_Task, s):
-    "The opening lines but those about time"
+    "The opening lines but those about attacks and time"
     from advmix.core import device_of
     size = '×'.join(map(str, s.x.shape[1:]))
     what = f'{self.path or self.model}'+(f' as {self.arch}' if self.arch else '')
@@ -318,13 +260,10 @@ def judge(self:_Task, out=None, device=None):
     self.load()
     self.check_fit(device)
     bs = self.bs or max(1, min(500, self.n//self.part[1] if self.part else self.n))
-    lines = _Lines(self.head)
-    try:
-        suite  = self.suite if self.suite in SUITES else [o.strip() for o in self.suite.split(',')]
-        report = robust_report(self.net, self.dls, eps=self.eps, norm=self.norm, suite=suite, n=self.n_eval,
-                               part=self.part, bs=bs, seed=self.seed, source=self.source,
-                               out=out, resume=True, progress=lines)
-    finally: lines.end()
+    suite  = self.suite if self.suite in SUITES else [o.strip() for o in self.suite.split(',')]
+    report = robust_report(self.net, self.dls, eps=self.eps, norm=self.norm, suite=suite, n=self.n_eval,
+                           part=self.part, bs=bs, seed=self.seed, source=self.source,
+                           out=out, resume=True, progress=self.head)
     self.suspect(report)
     report.config |= dict(path=str(self.path or self.model), arch=self.arch, data=str(self.data))
     if out: report.to_json(out)

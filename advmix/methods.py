@@ -9,6 +9,7 @@ __all__ = ['METHODS']
 from inspect import signature
 from .mix import *
 from .zoo import *
+from .objectives import PUBLISHED
 from .callbacks import *
 
 # %% ../nbs/67_methods.ipynb #978b31d3
@@ -22,12 +23,20 @@ def _mixer(name, c, **fixed):
     cls = MIXES[name]
     return cls(**_given(c, *[k for k in _settings if k in signature(cls).parameters]) | fixed)
 
+# %% ../nbs/67_methods.ipynb #17d13003
+_large = dict(adautomix=dict(lam_plane=True, final=.99999), automix=dict(final=.99999))
+
+def _game(name, c, *names):
+    "Settings of a game: those of its class or the published ones; what `c` says of `names` wins"
+    base = {} if c.published=='no' else PUBLISHED[name] | (_large[name] if c.published=='large' else {})
+    return {k: v for k,v in base.items() if k!='linear_weight'} | _given(c, 'alpha', 'gen_lr', *names)
+
 # %% ../nbs/67_methods.ipynb #43e35b64
 METHODS = dict(
     vanilla    = lambda c: [],
     mix_pgd    = lambda c: [MixCallback(_mixer('aom', c, where='mix'))],
     cutmix_pgd = lambda c: [MixCallback(_mixer('aom', c, where='mix', mixer=CutMix(**_given(c, 'alpha'), per_sample=True)))],
-    automix    = lambda c: [AutoMixCallback(**_given(c, 'alpha'))],
-    adautomix  = lambda c: [AdAutoMixCallback(**_given(c, 'alpha', 'beta', 'c', 'n_mix', 'objective'))],
+    automix    = lambda c: [AutoMixCallback(**_game('automix', c))],
+    adautomix  = lambda c: [AdAutoMixCallback(**_game('adautomix', c, 'beta', 'c', 'n_mix', 'objective'))],
 )
 METHODS |= {name: lambda c, name=name: [MixCallback(_mixer(name, c))] for name in MIXES}

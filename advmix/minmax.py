@@ -6,7 +6,7 @@
 __all__ = ['MinMax', 'share_slope', 'mask_entropy']
 
 # %% ../nbs/32_minmax.ipynb #f79fea66
-import math
+import copy, math
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .ema import *
+from .weights import from_pretrained as trained_network
 from .mix import *
 from .generator import *
 
@@ -287,3 +288,18 @@ def mask_entropy(
 )->Tensor:          # Scalar in [0,1]
     "Mean entropy of a pixel's shares over log N; 1: every pixel equally of all images, 0: each of one"
     return -torch.special.xlogy(mask, mask).sum(1).mean()/math.log(mask.shape[1])
+
+# %% ../nbs/32_minmax.ipynb #78214fad
+@patch(cls_method=True)
+def from_pretrained(cls:MinMax,
+    name,           # A network trained in a game, such as 'adautomix-cifar10', as for `from_pretrained` in `06_weights`
+    make=None,      # Class of the generator, as for `for_model`
+    **settings      # Of that generator, of `Average` and of `MinMax`, by name
+)->MinMax:
+    "The players at the end of a training, in evaluation mode; `ValueError` if `name` was trained without a game"
+    if make is None: make = AutoMixGenerator if settings.get('objective')=='automix' else AdAutoMixGenerator
+    def part(f): return {k:settings.pop(k) for k in signature(f).parameters if k in settings}
+    gen,net = make.from_pretrained(name, **part(make)),trained_network(name)
+    student = copy.deepcopy(net)
+    student.load_state_dict(net.beside['student'])
+    return cls(student, gen, teacher=Average(net, **part(Average)), **settings)

@@ -6,15 +6,16 @@
 __all__ = ['robust_report', 'JOBS', 'SUITES', 'Subject', 'Report', 'compare_reports']
 
 # %% ../nbs/59_report.ipynb #a24a41ad
-import hashlib, math, platform, time
+import hashlib, math, platform, sys, time
 from importlib import metadata
+from numbers import Real
 from pathlib import Path
 import matplotlib.pyplot as plt, torch
 from torch import nn
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import get_model as bare_model
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from fastprogress.fastprogress import master_bar
 from .core import *
 from .data import *
@@ -177,6 +178,66 @@ def _suite(suite, norm):
         res[f'{name} {len(res)+1}' if name in res else name] = j if callable(j) else JOBS[j]
     return res
 
+# %% ../nbs/59_report.ipynb #9dd446b0
+def _duration(s):
+    if s<100: return f'{s:.0f} s' if s>=10 else f'{s:.1f} s'
+    return f'{s/60:.0f} min' if s<6000 else f'{s/3600:.1f} h'
+
+Report.duration = staticmethod(_duration)
+
+def _timed(s):
+    "Seconds to send an image of a `Subject` forward, and back; the number of outputs; the share that is right"
+    with examined(s.model, s.seed) as net:
+        def took(z, back=False):
+            t = time.perf_counter()
+            with torch.set_grad_enabled(back): out = net(z)
+            if back: out = input_grad(out.sum(), z)
+            out.sum().item()   # waits for a GPU
+            return (time.perf_counter()-t)/len(z),out
+        z = s.x[:s.bs].to(device_of(net, s.x)).float().requires_grad_()
+        took(z[:8].detach().requires_grad_(), True)   # the first pass prepares what later ones find ready
+        few = z if took(z[:8])[0]*len(z)<2 else z[:32]   # a large batch on a slow machine takes long
+        fwd,out = took(few)
+        right = (out.argmax(1).cpu()==s.y[:len(few)]).float().mean().item()
+        return fwd,max(0, took(few.detach().requires_grad_(), True)[0]-fwd),out.shape[1],right
+
+# %% ../nbs/59_report.ipynb #84b022e8
+class _Lines:
+    "Tells what is judged, how long that may take, and how far it is"
+    def __init__(self, every=30, head=None):   # `head(subject)` gives the opening lines
+        self.head,self.tty = head,sys.stdout.isatty()
+        self.every = .3 if self.tty else every
+
+    def begin(self, s, jobs):
+        fwd,back,k,right = _timed(s)
+        self.cost  = {j: f*fwd+b*back for j in jobs for f,b in [s.passes(j, k, right)]}
+        if self.head: self.open(s, f'at {_ms(fwd)} an image forward, {_ms(back)} back')
+        self.since = self.last = time.monotonic()
+
+    def open(self, s, each):
+        took = f'about {_duration(sum(self.cost.values()))} if nothing falls, {each}'
+        if not self.cost: took = 'none, all was measured before'
+        last = dict(attacks=', '.join(self.cost) or 'none', time=took)
+        for k,v in (self.head(s) | last).items(): print(f'{k:8} {v}')
+        print(flush=True)
+
+    def at(self, job, share):
+        now = time.monotonic()
+        if share==0: self.since = now
+        if now-self.last<self.every: return
+        self.last = now
+        took,names = now-self.since,list(self.cost)
+        here = took*(1-share)/share if share>.02 else self.cost[job]*(1-share)
+        left = here+sum(self.cost[j] for j in names[names.index(job)+1:])
+        self.say(f'{job} {share:.0%}, about {_duration(left)} left')
+
+    def say(self, text):
+        print(f'\r{text:60}' if self.tty else text, end='' if self.tty else '\n', flush=True)
+    def end(self):
+        if self.tty: print(f'\r{"":60}\r', end='', flush=True)
+
+def _ms(s): return f'{1e3*s:.2g} ms'
+
 # %% ../nbs/59_report.ipynb #81a9ecd3
 def robust_report(
     model,              # A fastai `Learner`, or a network that takes pixels
@@ -189,7 +250,7 @@ def robust_report(
     budget:float=None,  # Seconds after which it stops, keeping what is complete
     out=None,           # JSON file, rewritten after every job
     resume:bool=False,  # Take over what an interrupted call left in `out`
-    progress=True,      # Show bars; or an object that is told `begin(subject, jobs)` and `at(job, share done)`
+    progress=True,      # Bars; 30: a line every 30 s; a function: with its dict first; an object with `begin`, `at`
     **kwargs,           # `seed`, `bs`, `state`, `source`, `vocab` of `Subject`
 )->Report:
     "Run a suite of measurements; what fails or is interrupted is in `missing`; `ValueError` for impossible input"
@@ -226,6 +287,8 @@ def _resume(report, out):
     report.missing = {k: 'not started' for k in report.missing if k in old.missing}
 
 def _run(report, s, jobs, budget, out, progress, mine):
+    if callable(progress): progress = _Lines(head=progress)
+    elif isinstance(progress, Real) and not isinstance(progress, bool): progress = _Lines(progress)
     told = hasattr(progress, 'at')
     bar  = master_bar(list(jobs)) if progress and not told else list(jobs)
     s.progress,now = bar if progress and not told else False,None
@@ -243,6 +306,7 @@ def _run(report, s, jobs, budget, out, progress, mine):
                 if mine and now.startswith('autoattack') and now not in report.missing: mine.unlink(missing_ok=True)
         except _OutOfTime:        report.missing[now] = f'the budget of {budget:g} s was spent'
         except KeyboardInterrupt: report.missing[now] = 'interrupted'
+        finally: getattr(progress, 'end', noop)()
     _close(report, out)
 
 def _of_learner(self, **kwargs):

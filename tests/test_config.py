@@ -7,12 +7,21 @@ def test_open_settings_take_the_defaults_of_the_data():
     c = Config(method='aom', data='digits')
     assert c.arch=='convnet_s' and c.eps==.15 and c.step==pytest.approx(.15/4)
 
+@pytest.mark.parametrize('opt,wd', [('adam',.01), ('sgd',5e-4)])
+def test_weight_decay_is_the_optimisers(opt, wd):
+    c = Config(opt=opt)
+    assert c.wd==wd and '--wd' not in c.command() and '--wd 0.2' in Config(opt=opt, wd=.2).command()
+
 def test_json_round_trip():
     c = Config.from_spec('aom:ratio=kl:where=shared', epochs=3, seed=4)
     d = Config.from_json(c.to_json())
     assert d==c and (d.ratio, d.where, d.epochs, d.seed)==('kl','shared',3,4)
 
 wrong = [dict(epochs=.5), dict(bs=float('inf')), dict(n_mix='x'), dict(eps=0), dict(method='nothing'), dict(seed='a')]
+
+wrong += [dict(opt='rmsprop'), dict(wd=-1e-4), dict(mom=1.), dict(mom=-.1), dict(sched='linear'), dict(lr_end=.001), dict(warmup=1),
+          dict(lr_end=.1, sched='cosine', lr=.01), dict(lr_end=-1., sched='cosine'), dict(warmup=30, sched='cosine'),
+          dict(warmup=-1, sched='cosine'), dict(pretrained=True), dict(published='big'), dict(gen_lr=0.), dict(pretrained=1)]
 
 @pytest.mark.parametrize('wrong', wrong)
 def test_refuses(wrong):

@@ -9,7 +9,8 @@ from fastai.callback.training import ShortEpochCallback
 from advmix import experiment as E, folder as F
 from advmix.config import Config
 from advmix.experiment import compare_runs, run, table
-from advmix.folder import Run, load_model, save_model, _write_file as write_file
+from advmix.folder import Run, save_model, _write_file as write_file
+from advmix.weights import from_pretrained
 from advmix.methods import METHODS
 from advmix.models import get_model
 
@@ -189,9 +190,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_weights_without_a_spec_or_damaged(tmp_path):
     from safetensors.torch import save_file
     save_file(dict(a=torch.ones(1)), tmp_path/'plain.safetensors')
-    with pytest.raises(ValueError, match='arch='): load_model(tmp_path/'plain.safetensors')
+    with pytest.raises(ValueError, match='arch='): from_pretrained(tmp_path/'plain.safetensors')
     (tmp_path/'half.safetensors').write_bytes((tmp_path/'plain.safetensors').read_bytes()[:20])
-    with pytest.raises(ValueError, match='cannot be read'): load_model(tmp_path/'half.safetensors')
+    with pytest.raises(ValueError, match='cannot be read'): from_pretrained(tmp_path/'half.safetensors')
 
 def test_a_checkpoint_of_other_classes_or_damaged(tmp_path):
     cb = F._Checkpoint(tmp_path, 10.)
@@ -231,6 +232,14 @@ def test_compare_averages_over_seeds_and_continues(tmp_path):
     b = compare_runs(['vanilla','pgd:steps=2'], 2, tmp_path/'c', progress=False, **kw)
     assert a.equals(b) and (tmp_path/'c/vanilla-0/report.json').stat().st_mtime_ns==t
     assert ' ± ' in table(a).loc['vanilla','clean'] and (tmp_path/'c/compare.png').stat().st_size>1000
+
+def test_a_game_says_what_its_masks_were_like(tmp_path):
+    "Entropy and slope beside the accuracies, as they are and not in percent; nothing where no game was played"
+    runs = compare_runs(['vanilla','adautomix'], 1, tmp_path, progress=False, **small|dict(epochs=1))
+    t,last = table(runs),Run(tmp_path/'adautomix-0').history.iloc[-1]
+    assert list(t.columns)[-2:]==['mask_entropy','slope'] and t.loc['vanilla','slope']==''
+    for k in ('mask_entropy','slope'): assert t.loc['adautomix',k]==f'{last[k]:.2f}'
+    assert list(table(runs[runs.spec=='vanilla'].dropna(axis=1)).columns)==['clean','fgsm','pgd20']
 
 def test_a_sweep_says_what_failed_and_finishes_the_rest(tmp_path):
     kw = small|dict(epochs=1)
@@ -283,11 +292,12 @@ def test_lines_about_what_is_being_made(tmp_path):
     assert list(pulse.says())==['vanilla-0: epoch 2 of 4']
 
 def test_a_pipe_is_told_every_half_minute(tmp_path, capfd, monkeypatch):
-    for c in (E._Progress, E._Judging, E._Pulse): monkeypatch.setattr(c, 'every', .001)
+    monkeypatch.setattr(E._Progress, 'every', 0)
+    monkeypatch.setattr(E._Pulse, 'every', .001)
     run(Config('vanilla', **small|dict(epochs=2)), tmp_path/'r', 'cpu')
     says = capfd.readouterr().out
-    assert 'epoch 1 of 2, batch' in says and 'clean: ' in says and '% done' in says
+    assert 'epoch 1 of 2, batch' in says and 'clean 0%, about ' in says and 'pgd20 ' in says
     compare_runs(['vanilla','mixup'], 1, tmp_path/'c', **small|dict(epochs=2))
     says = capfd.readouterr().out
     assert says.count('images for training')==1 and 'convnet_s' in says and 'epochs of' in says
-    assert 'vanilla-0: ' in says and '% done' not in says and '[2/2] mixup-0' in says
+    assert 'vanilla-0: ' in says and '%, about' not in says and '[2/2] mixup-0' in says

@@ -28,6 +28,8 @@ sensible = dict(method=[*METHODS], data=['digits','cifar10','cifar100','.'], arc
     lr=[1e-2,1], eps=[8/255,.3,1], step=[.01,.1],
                 steps=[1,10], alpha=[.2,1,2], where=['endpoints','mix','shared'], ratio=['fixed','kl','ce'],
                     label=['ratio','projection','distance'],
+                opt=['adam','sgd'], wd=[0.,1e-4], mom=[None,0.,.9], sched=['one_cycle','cosine','step','late'], lr_end=[0.,1e-3],
+                    warmup=[0,1], pretrained=[True,False], published=['no','small','large'], gen_lr=[None,.1],
                 objective=['balanced','printed','released'], beta=[0.,.3,1], c=[0.,.3,1], n_mix=[2,3], ema=[True,False],
                     amp=['no','fp16','bf16'], seed=[0,1,2**31],
                 suite=[*SUITES, 'clean', 'clean,pgd20'], n_eval=[None,16])
@@ -78,7 +80,8 @@ class Learner:
     def __init__(self, run, ending): self.run,self.ending = run,ending
     def no_bar(self): return contextlib.nullcontext()
     def add_cb(self, cb): pass
-    def fit_one_cycle(self, *args):
+    def fit(self, *args, **kw): return self.fit_one_cycle()
+    def fit_one_cycle(self, *args, **kw):
         F._write_file(self.run.folder/'history.csv', 'epoch,train_loss,time\n0,1.0,00:01\n')
         if self.ending!='early': F._write_file(self.run.folder/'checkpoint.pth', b'not read here')
         if self.ending=='diverged':
@@ -174,10 +177,13 @@ words    = ['aom', 'vanilla', 'pgd', '', 'x', 'clean', 'clean,fgsm', ',', 'stand
 
 good = {'--data': ['digits','images'], '--device': ['cpu'], '--method': ['vanilla','mixup','pgd','aom'],
     '--suite': ['clean','clean,fgsm'], '--arch': ['convnet_s'], '--amp': ['no'],
-        '--objective': ['balanced'], '--fail-under': ['clean=.4','clean=.6']}
-bad  = {'--data': datas, '--device': devices} | {k: words for k in ('--arch','--amp','--method','--suite','--objective','--fail-under')}
+        '--objective': ['balanced'],
+        '--sched': ['step','cosine'], '--opt': ['sgd'], '--recipe': ['list','adautomix_cub_r50'], '--fail-under': ['clean=.4','clean=.6']}
+bad  = {'--data': datas, '--device': devices} | {k: words for k in ('--arch','--amp','--method','--suite','--objective','--fail-under',
+    '--sched','--opt','--recipe')}
 flags = ['--force','--resume','--trust-pickle','--ema','--help','-x','--list']
-more  = ['--seed','--seeds','--eps','--bs','--lr','--size','--n-eval','--n_eval','--jobs','--alpha','--steps','--nonsense','--collect']
+more  = ['--seed','--seeds','--eps','--bs','--lr','--size','--n-eval','--n_eval','--jobs',
+    '--wd','--mom','--lr-end','--warmup','--alpha','--steps','--nonsense','--collect']
 
 of_judge = {'--model': ['', 'x', ':', 'a.b:c', '../x:y', 'os:getcwd', 'os:environ', 'sys:exit', 'json:loads', 'torch.nn:Identity',
         'fractions:x'],
@@ -268,7 +274,7 @@ def stubbed(monkeypatch, world):
         return Learner(run, ending[0]),dict(arch='convnet_s', n_classes=2, c_in=1, size=8)
     monkeypatch.setattr(E, '_learner', learner)
     monkeypatch.setattr(E, '_judge', judged)
-    monkeypatch.setattr(E, 'plot_compare', lambda runs: None)
+    monkeypatch.setattr(E, '_plot_compare', lambda runs: None)
     monkeypatch.setattr(E, '_png', lambda fig: b'')
     report = R.robust_report
     monkeypatch.setattr(R, 'robust_report', lambda net, data, suite, **kw: (R._suite(suite, kw['norm']),

@@ -122,10 +122,32 @@ COLUMNS = dict(adautomix='amce mce ace amce_teacher cosine', released='amce mce 
 @pytest.mark.parametrize('cb', COLUMNS)
 def test_columns_and_plot(dls, cb):
     learn = quiet(learner(dls, CBS[cb]()), 2)
-    want = ['epoch','train_loss','valid_loss','accuracy','accuracy_ema',*COLUMNS[cb].split(),'mask_entropy','time']
+    want = ['epoch','train_loss','valid_loss','accuracy','accuracy_ema',*COLUMNS[cb].split(),'mask_entropy','slope','time']
     assert list(learn.recorder.metric_names)==want
     assert all(v is not None for v in learn.recorder.values[-1])
     assert len(next(c for c in learn.cbs if isinstance(c, GameCallback)).plot_game())==2
+
+@pytest.mark.parametrize('per_sample', [True, False])
+def test_the_slope_is_that_of_all_mixtures_of_an_epoch(dls, per_sample):
+    "One line through the shares of every image of every batch, also where a batch has one set of ratios"
+    from advmix.minmax import share_slope
+    seen = []
+    class See(Callback):
+        order,run_valid = 90,False
+        def after_batch(self): seen.append((self.learn.ad_auto_mix.mixed.mask.mean((2,3)).detach(), self.learn.ad_auto_mix.mixed.lam))
+    learn = quiet(learner(dls, AdAutoMixCallback(per_sample=per_sample, gen_lr=.1), See()), 1, 1e-2)
+    share,lam = map(torch.cat, zip(*seen))
+    slope = learn.ad_auto_mix.means[-1]['slope']
+    assert len(share)==64 and abs(slope-share_slope(share[:,:,None,None], lam))<1e-4 and learn.recorder.values[-1][-1]==slope
+
+def test_equal_ratios_have_no_slope(dls):
+    learn = learner(dls, AdAutoMixCallback(n_mix=2))
+    class Half(Callback):
+        order,run_valid = 4,False
+        def before_batch(self): self.learn.ad_auto_mix.game.generator.draw = lambda x, n=None: (
+            torch.stack([torch.arange(len(x)), torch.randperm(len(x))], 1), torch.full((len(x),2), .5))
+    quiet(learn, cbs=Half())
+    assert 'slope' not in learn.ad_auto_mix.means[-1] and learn.recorder.values[-1][-1] is None
 
 def test_pairs_have_no_column_that_is_never_computed(dls):
     learn = quiet(learner(dls, AdAutoMixCallback(n_mix=2)))

@@ -173,3 +173,22 @@ class Pooled(nn.Module):
     (lambda x,y,net: AutoMixGenerator(64, up='cubic'), "'bilinear' or 'nearest'")])
 def test_faults(f, msg):
     with pytest.raises(ValueError, match=msg): f(*data(), small())
+
+def test_a_trained_generator():
+    "Masks of the one that ships: sum to 1, follow the ratio, and know where things are"
+    from advmix.weights import cifar_sheet, from_pretrained
+    x,y,_ = cifar_sheet()
+    net,gen = from_pretrained('adautomix-cifar10'),AdAutoMixGenerator.from_pretrained('adautomix-cifar10', per_sample=True)
+    assert gen.stage==-1 and gen.n_mix==(3,) and all(p.requires_grad for p in gen.parameters())
+    with torch.no_grad(): m = gen(x, y, net)
+    assert m.mask.shape==(100,3,32,32) and (m.mask.sum(1)-1).abs().max()<1e-5
+    share,lam = (t-t.mean() for t in (m.mask.mean((2,3)), m.lam))
+    assert (share*lam).sum()/lam.square().sum()>.6 and m.mask.std((2,3)).mean()>.02
+    assert AdAutoMixGenerator.from_pretrained('adautomix-cifar10', n_mix=2)(x[:4], y[:4], net).mask.shape==(4,2,32,32)
+
+@pytest.mark.parametrize('cls,name,says', [
+    (AdAutoMixGenerator, 'pgd-cifar10', 'no generator of masks was trained with pgd-cifar10'),
+    (AutoMixGenerator, 'adautomix-cifar10', 'the generator of adautomix-cifar10 is no AutoMixGenerator'),
+    (AdAutoMixGenerator, 'nobody', 'choose one of adautomix-cifar10')])
+def test_a_generator_that_is_not_there(cls, name, says):
+    with pytest.raises(ValueError, match=says): cls.from_pretrained(name)

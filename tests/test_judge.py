@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from pathlib import Path
 from PIL import Image
 from torch import nn
-from advmix import judge
+from advmix import judge, report as R
 from advmix.config import Config
 from advmix.data import digits_dls, split_tensors
 from advmix.experiment import run
@@ -244,8 +244,8 @@ def test_what_is_said_at_the_beginning(sh, colours):
 def test_lines_in_a_pipe(monkeypatch, capsys):
     "One every half minute, with a bound that falls"
     now = [0.]
-    monkeypatch.setattr(judge.time, 'monotonic', lambda: now[0])
-    lines = judge._Lines({})
+    monkeypatch.setattr(R.time, 'monotonic', lambda: now[0])
+    lines = R._Lines()
     lines.cost,lines.since,lines.last = dict(pgd20=100., curve=50.),0.,0.
     lines.at('pgd20', 0.)
     for now[0],share in [(10,.1), (29,.25), (31,.25), (40,.5), (62,.5), (90,1.)]: lines.at('pgd20', share)
@@ -259,7 +259,7 @@ def test_lines_in_a_pipe(monkeypatch, capsys):
 
 def test_one_line_in_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr('sys.stdout.isatty', lambda: True, raising=False)
-    lines = judge._Lines({})
+    lines = R._Lines()
     lines.cost,lines.since,lines.last = dict(pgd20=1.),0.,0.
     lines.at('pgd20', .5)
     lines.end()

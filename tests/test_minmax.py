@@ -561,3 +561,22 @@ def test_compiled_student(wrapped):
         torch.manual_seed(5)
         q.step(x, y)
     for a,b in zip(g.teacher.parameters(), h.teacher.parameters()): close(a, b)
+
+def test_a_game_goes_on_from_the_shelf():
+    from advmix.weights import cifar_sheet, from_pretrained
+    x,y,_ = cifar_sheet()
+    g = MinMax.from_pretrained('adautomix-cifar10', per_sample=True, c=.1)
+    net = from_pretrained('adautomix-cifar10')
+    with torch.no_grad():
+        assert torch.equal(g.teacher(x), net(x)) and not torch.equal(g.student(x), net(x))
+        right = [(n(x).argmax(1)==y).float().mean().item() for n in (g.student, g.teacher)]
+        m = g.mix(x, y)
+    assert g.c==.1 and g.generator.per_sample and min(right)>.5
+    assert .6<share_slope(m.mask, m.lam)<1.4 and mask_entropy(m.mask)<.95
+    g.opt = torch.optim.SGD(g.student.parameters(), .01)
+    before = [p.clone() for p in (*g.student.parameters(), *g.generator.parameters())]
+    assert all(v.isfinite() for v in g.step(x, y).values())
+    moved = [not torch.equal(a, b) for a,b in zip(before, (*g.student.parameters(), *g.generator.parameters()))]
+    assert sum(moved)>.9*len(moved)
+    with pytest.raises(ValueError, match='no generator of masks was trained with'): MinMax.from_pretrained('vanilla-cifar10')
+    with pytest.raises(TypeError, match='strength'): MinMax.from_pretrained('adautomix-cifar10', strength=1)

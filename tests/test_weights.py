@@ -1,8 +1,11 @@
 "Whatever holds weights becomes a network that takes pixels, or a sentence says what does not fit"
-import pickle, numpy as np, pytest, torch, torchvision
+import hashlib, json, pickle
+from pathlib import Path
+import advmix, numpy as np, pytest, torch, torchvision
 from safetensors.torch import save_file
 from torch import nn
 from fastai.vision.all import Learner, CrossEntropyLossFlat, create_vision_model
+from advmix.attack import Threat, pgd
 from advmix.data import digits_dls
 from advmix.models import *
 from advmix.weights import *
@@ -109,3 +112,64 @@ def test_files_are_read_and_no_code_is_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='a list holds no weights'): model_with(tmp_path/'list.pth')
     with pytest.raises(FileNotFoundError): model_with(tmp_path/'nothing.pth')
     assert not (tmp_path/'pwned').exists()
+
+# ---------------------------------------------------------------- what ships
+
+SHELF = Path(advmix.__file__).parent/'pretrained'
+VOCAB = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+NAMES = sorted(p.stem for p in SHELF.glob('*.safetensors'))
+ABOUT = json.loads((SHELF/'pretrained.json').read_text())
+FLOOR = {'vanilla-cifar10':.65, 'adautomix-cifar10':.6, 'pgd-cifar10':.4, 'cutmix_pgd-cifar10':.3}   # clean, of 1
+
+@pytest.fixture(scope='module')
+def sheet(): return cifar_sheet()
+
+def test_the_shelf_is_described_and_small():
+    assert set(NAMES)==set(ABOUT)==set(FLOOR)
+    assert sum(p.stat().st_size for p in SHELF.iterdir())<3e6 and (SHELF/'cifar10_sheet.png').stat().st_size<3e5
+
+def test_the_sheet_is_cifars(sheet):
+    x,y,names = sheet
+    assert x.shape==(100,3,32,32) and x.dtype==torch.float32 and 0<=x.min() and x.max()<=1
+    assert torch.equal(y.bincount(), torch.full((10,), 10)) and names==VOCAB
+    px = (x*255).round().byte().numpy().tobytes()
+    assert hashlib.sha256(px).hexdigest()[:16]=='b6f0867f8c2d71ba'   # of the bytes of the originals
+    assert 'Krizhevsky' in cifar_sheet.__doc__ and '2009' in cifar_sheet.__doc__ and 'Krizhevsky' in (SHELF/'README.md').read_text()
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_network_of_the_shelf(name, sheet):
+    x,y,names = sheet
+    net,vocab = from_pretrained(name, vocab=True)
+    assert vocab==net.vocab==names and not net.training and net.about==ABOUT[name]
+    with torch.no_grad(): out = net(x)
+    right = (out.argmax(1)==y).float().mean().item()
+    assert out.isfinite().all() and right>FLOOR[name]
+    assert abs(right-ABOUT[name]['clean']['accuracy'])<.15   # three standard deviations of a hundred images
+    stands = (net(pgd(net, x, y, Threat(8/255, steps=10))).argmax(1)==y).float().mean().item()
+    assert stands>.2 if 'pgd' in name else stands<.1
+
+def test_a_plain_loader_takes_the_same_file(sheet):
+    a = model_with(SHELF/'adautomix-cifar10.safetensors', 'convnet_s')   # what is beside the network stays out
+    with torch.no_grad(): assert torch.equal(a(sheet[0]), from_pretrained('adautomix-cifar10')(sheet[0]))
+
+def test_what_is_not_on_the_shelf(tmp_path):
+    with pytest.raises(ValueError, match='resnet50 does not ship with advmix: choose one of '+', '.join(NAMES)): from_pretrained('resnet50')
+    with pytest.raises(FileNotFoundError): from_pretrained(tmp_path/'absent.safetensors')
+    save_file({'w':torch.zeros(2)}, tmp_path/'plain.safetensors')
+    with pytest.raises(ValueError, match='does not say what network'): from_pretrained(tmp_path/'plain.safetensors')
+    half = tmp_path/'half.safetensors'
+    half.write_bytes((SHELF/'pgd-cifar10.safetensors').read_bytes()[:9000])
+    with pytest.raises(ValueError, match='cannot be read'): from_pretrained(half)
+
+def test_it_travels(tmp_path):
+    net = from_pretrained('adautomix-cifar10')
+    twin = pickle.loads(pickle.dumps(net))
+    assert twin.vocab==net.vocab and set(net.beside)=={'student','generator'} and not [k for k in net.state_dict() if 'beside' in k]
+
+def test_the_notebook_says_what_was_measured():
+    "The table of 06_weights, as printed, against the JSON"
+    nb = json.loads((Path(__file__).parents[1]/'nbs/06_weights.ipynb').read_text())
+    rows = [l.split() for c in nb['cells'] for o in c.get('outputs', []) for l in o.get('data', {}).get('text/plain', [])]
+    for name,a in ABOUT.items():
+        row = next(r for r in rows if r[:1]==[name])
+        assert [float(v) for v in row[1:4]]==[a['settings']['epochs'], *(round(100*a[k]['accuracy'], 1) for k in ('clean','robust'))]

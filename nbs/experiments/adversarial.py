@@ -147,7 +147,8 @@ def judge(arm, seed, a):
         else: vs = [clean(net, x, y), attacked(net, xs, ys, Threat(EPS, steps=20), name='pgd20', bs=500),
                     autoattack(net, xs, ys, EPS, attacks=('apgd-ce','apgd-t'), bs=500, progress=False)]
         stands = lambda v: ''.join('01'[int(b)] for b in v.stands)
-        write(file, [dict(arm=arm, seed=seed, net=name) | v.row() | dict(stands=stands(v)) for v in vs])
+        of     = dict(arm=arm, seed=seed, net=name)   # the seed of the training, not the attack's
+        write(file, [v.row() | of | dict(stands=stands(v)) for v in vs])
         print(folder.name, name, {v.name: round(100*v.accuracy, 1) for v in vs}, flush=True)
 
 def each_net(kind):
