@@ -2,6 +2,8 @@
 import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
+from advmix.callbacks import MixCallback
+from advmix.intervals import bootstrap
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
 
@@ -34,13 +36,17 @@ def test_the_driver_from_training_to_one_file(run):
     assert np.mean(seg['attacked'])>=np.mean(seg['clean'])
     assert len(found['sanity'][0]['rows'])>10
 
-def test_every_arm_has_its_callbacks():
+def import_driver():
     sys.path.insert(0, str(EXPERIMENTS))
     try: import adversarial
     finally: sys.path.pop(0)
-    arms,more = adversarial.arms(5),adversarial.recipes(5)
+    return adversarial
+
+def test_every_arm_is_a_mix():
+    driver = import_driver()
+    arms,more = driver.arms(5),driver.recipes(5)
     assert not arms.keys()&more.keys()
-    for name,make in (arms|more).items(): assert type(make()).__name__.endswith('Callback'), name
+    for name,make in (arms|more).items(): assert isinstance(make(), MixCallback), name
 
 ROWS = dict(pgd='PGD, ten steps', pgd_fast='PGD, one step', aom_fixed='AOM, ten steps', aom_fast='AOM, one step')
 
@@ -54,3 +60,21 @@ def test_the_table_of_the_front_page_is_what_was_measured(arm):
         assert len(v)==3
         cells.append(f'{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}')
     assert len(said)==1 and [c.strip() for c in said[0].split('|')][3:5]==cells
+
+def test_smoothing_has_the_entropy_of_mixed_labels():
+    "Half a nat, the mean entropy of a uniform ratio, for nine pairs in ten"
+    s = import_driver().matched_smoothing()
+    p = np.array([1-s+s/10]+[s/10]*9)
+    lam = np.linspace(1e-6, 1-1e-6, 100001)
+    assert 0<s<.9 and np.isclose(-(p*np.log(p)).sum(), .9*np.mean(-lam*np.log(lam)-(1-lam)*np.log(1-lam)), atol=1e-4)
+
+@pytest.mark.parametrize('a,b', [('pgd_fast','pgd'), ('aom_fast','aom_fixed'), ('aom_fixed','pgd'), ('aom_fast','pgd_fast')])
+def test_the_differences_of_the_front_page_are_what_was_measured(a, b):
+    "Mean over three seeds and its interval over images"
+    rows = [r for r in json.loads((EXPERIMENTS/'results'/'floor.json').read_text())['judged'] if 'only' in r['name']]
+    kept = lambda arm: {r['seed']: np.array([c=='1' for c in r['stands']], float) for r in rows if r['arm']==arm}
+    p,q  = kept(a),kept(b)
+    mean,low,high = 100*np.array(bootstrap(np.mean([p[s]-q[s] for s in (0,1,2)], 0), ends=None))
+    text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
+    page = (EXPERIMENTS.parents[1]/'README.md').read_text()
+    assert f'{text(low)} to {text(high)})' in page and f' {text(abs(mean))} ' in page

@@ -9,13 +9,15 @@
 DATA is an `.npz` with `x_train`, `y_train`, `x_test`, `y_test` (uint8, NCHW) and the names of the classes in
 CIFAR-10's order, or "cifar10", which fastai downloads. What is there already is not made again. `--amp bf16` trains in
 half precision, in half the time where the processor knows it; the test images are judged in single precision."""
-import argparse, json, math, platform, time
+import argparse, json, platform, time
 from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import fit_one_cycle
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from scipy.optimize import brentq
+from scipy.stats import entropy
 from torch import nn
 from advmix.aom import AOM
 from advmix.attack import PGD, Threat
@@ -37,13 +39,7 @@ EPS   = 8/255
 
 def matched_smoothing(nats=.45, n=10):
     "Label smoothing with the mean entropy of MixUp's labels: half a nat for the nine pairs of ten that differ in class"
-    lo,hi = 0.,.9
-    for _ in range(60):
-        s   = (lo+hi)/2
-        p,q = 1-s+s/n,s/n
-        if -p*math.log(p)-(n-1)*q*math.log(q)<nats: lo = s
-        else: hi = s
-    return s
+    return brentq(lambda s: entropy([1-s+s/n]+[s/n]*(n-1))-nats, 0, .9)
 
 def arms(steps):
     "Name -> the callbacks that make it"
