@@ -52,6 +52,7 @@ class Config:
         n_mix:int=3,            # adautomix: images in each mixture
         published:str='no',     # adautomix, automix: all as in the released code for small or large images
         gen_lr:float=None,      # adautomix, automix: highest learning rate of the generator; its optimiser's own
+        stage:int=None,         # adautomix, automix: stage of the network that the generator sees, such as -1; its own, -2
         ema:bool=False,         # Average the weights too, and report both networks
         amp:str='no',           # Half precision in training: no, bf16, or on a GPU fp16
         channels_last:bool=False, # Keep channels last in memory while training

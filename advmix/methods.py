@@ -29,7 +29,7 @@ _large = dict(adautomix=dict(lam_plane=True, final=.99999), automix=dict(final=.
 def _game(name, c, *names):
     "Settings of a game: those of its class or the published ones; what `c` says of `names` wins"
     base = {} if c.published=='no' else PUBLISHED[name] | (_large[name] if c.published=='large' else {})
-    return {k: v for k,v in base.items() if k!='linear_weight'} | _given(c, 'alpha', 'gen_lr', *names)
+    return {k: v for k,v in base.items() if k!='linear_weight'} | _given(c, 'alpha', 'gen_lr', 'stage', *names)
 
 # %% ../nbs/67_methods.ipynb #43e35b64
 METHODS = dict(

@@ -29,7 +29,7 @@ sensible = dict(method=[*METHODS], data=['digits','cifar10','cifar100','.'], arc
                 steps=[1,10], alpha=[.2,1,2], where=['endpoints','mix','shared'], ratio=['fixed','kl','ce'],
                     label=['ratio','projection','distance'],
                 opt=['adam','sgd'], wd=[0.,1e-4], mom=[None,0.,.9], sched=['one_cycle','cosine','step','late'], lr_end=[0.,1e-3],
-                    warmup=[0,1], pretrained=[True,False], published=['no','small','large'], gen_lr=[None,.1],
+                    warmup=[0,1], pretrained=[True,False], published=['no','small','large'], gen_lr=[None,.1], stage=[None,-1],
                 objective=['balanced','printed','released'], beta=[0.,.3,1], c=[0.,.3,1], n_mix=[2,3], ema=[True,False],
                     amp=['no','fp16','bf16'], seed=[0,1,2**31],
                 suite=[*SUITES, 'clean', 'clean,pgd20'], n_eval=[None,16])

@@ -20,3 +20,8 @@ def test_radius_and_steps_come_from_the_config(name):
     assert isinstance(cb, MixCallback)
     threat = cb.mixer.attack.threat if hasattr(cb.mixer, 'attack') else cb.mixer.threat
     assert (threat.eps, threat.steps, threat.step)==(.1, 3, .025)
+
+@pytest.mark.parametrize('method', ['automix','adautomix'])
+def test_the_generator_sees_the_stage_that_is_asked_for(method):
+    of = lambda **kw: METHODS[method](Config(method, **kw))[0].for_generator
+    assert 'stage' not in of() and of(stage=-1)['stage']==of(stage=-1, published='small')['stage']==-1

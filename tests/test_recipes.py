@@ -157,7 +157,7 @@ def test_the_default_is_what_it_was(tmp_path):
     assert all(torch.equal(a, b) for a,b in zip(learn.model.parameters(), old.model.parameters()))
 
 def test_a_config_of_yesterday_still_loads():
-    new  = 'opt','wd','mom','sched','lr_end','warmup','pretrained','published','gen_lr'
+    new  = 'opt','wd','mom','sched','lr_end','warmup','pretrained','published','gen_lr','stage'
     d    = json.loads(Config('adautomix', seed=3).to_json())
     assert set(new)<=d.keys()
     assert Config.from_json(json.dumps({k: v for k,v in d.items() if k not in new}))==Config('adautomix', seed=3)

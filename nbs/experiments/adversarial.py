@@ -27,6 +27,7 @@ from advmix.data import data_stats, split_tensors, tensor_dls
 from advmix.evaluate import attacked, clean
 from advmix.files import get_dls
 from advmix.folder import Run, save_model
+from advmix.generator import AdAutoMixGenerator
 from advmix.interp import segment_loss
 from advmix.mix import CutMix
 from advmix.models import get_model
@@ -41,6 +42,14 @@ def matched_smoothing(nats=.45, n=10):
     "Label smoothing with the mean entropy of MixUp's labels: half a nat for the nine pairs of ten that differ in class"
     return brentq(lambda s: entropy([1-s+s/n]+[s/n]*(n-1))-nats, 0, .9)
 
+class Learned:
+    "Pairs under the masks that AdAutoMix learned on all of CIFAR-10's training images, with the features of its network"
+    def __init__(self, name='adautomix-cifar10'):
+        self.net = from_pretrained(name).requires_grad_(False)
+        self.gen = AdAutoMixGenerator.from_pretrained(name, n_mix=2, per_sample=True)
+    def __call__(self, x, y, model=None):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False): return self.gen(x, y, self.net)
+
 def arms(steps):
     "Name -> the callbacks that make it"
     at  = dict(eps=EPS, step=EPS/4, steps=steps)
@@ -52,6 +61,7 @@ def arms(steps):
         pgd_fast   = lambda: PGDCallback(**one),
         mix_pgd    = lambda: AOMCallback(where='mix', **at),
         cutmix_pgd = lambda: AOMCallback(where='mix', mixer=cut, **at),
+        learned_pgd = lambda: AOMCallback(where='mix', mixer=Learned(), **at),
         iat        = lambda: IATCallback(**at),
         aom        = lambda: AOMCallback(ratio='kl', **at),
         aom_fixed  = lambda: AOMCallback(ratio='fixed', **at),       # the ratio stays, the endpoints move
@@ -102,10 +112,11 @@ class Curves(Callback):
         self.rows.append(row)
         print(self.folder.name, row, flush=True)
 
-def loaders(data, bs, seed):
-    if data=='cifar10': return get_dls(data, bs=bs, seed=seed, augment=True)
-    d = np.load(data)
-    return tensor_dls(d['x_train'], d['y_train'], x_test=d['x_test'], y_test=d['y_test'], bs=bs, vocab=VOCAB, seed=seed, augment=True)
+def loaders(a, seed):
+    kw = dict(bs=a.bs, seed=seed, augment=a.augment!='no', n_train=a.n_train or None)
+    if a.data=='cifar10': return get_dls(a.data, **kw)
+    d = np.load(a.data)
+    return tensor_dls(d['x_train'], d['y_train'], x_test=d['x_test'], y_test=d['y_test'], vocab=VOCAB, **kw)
 
 def write(file, d): Run.write_file(file, json.dumps(d))   # whole or not at all
 
@@ -114,7 +125,7 @@ def train(arm, seed, a):
     if (folder/'train.json').exists(): return
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(seed, reproducible=True)
-    dls   = loaders(a.data, a.bs, seed)
+    dls   = loaders(a, seed)
     m,s   = data_stats(dls)
     spec  = dict(arch=a.arch, n_classes=10, c_in=3, size=32, mean=m, std=s)
     x,y   = split_tensors(dls, 'valid', 400)
@@ -125,14 +136,14 @@ def train(arm, seed, a):
     t     = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
     write(folder/'train.json', dict(arm=arm, seed=seed, data=Path(a.data).name, n_train=len(dls.train_ds),
-        epochs=a.epochs, bs=a.bs, lr=a.lr, steps=a.steps, eps=EPS, amp=a.amp, spec=spec,
+        epochs=a.epochs, bs=a.bs, lr=a.lr, steps=a.steps, eps=EPS, amp=a.amp, augment=a.augment, spec=spec,
         seconds=round(time.perf_counter()-t), curves=seen.rows, torch=torch.__version__,
         python=platform.python_version(), threads=torch.get_num_threads()))
 
 def judge(arm, seed, a):
     folder = Path(a.out)/f'{arm}-{seed}'
     if not (folder/'train.json').exists(): return print(folder, 'is not trained yet')
-    dls   = loaders(a.data, a.bs, seed)
+    dls   = loaders(a, seed)
     x,y   = split_tensors(dls, 'test')
     xs,ys = split_tensors(dls, 'test', a.n_attack)
     for name in a.nets.split(','):
@@ -151,7 +162,7 @@ def each_net(kind):
     "`kind(net, x, y)` on the first test images, once per network, beside the weights"
     def work(arm, seed, a):
         folder = Path(a.out)/f'{arm}-{seed}'
-        x,y    = split_tensors(loaders(a.data, a.bs, seed), 'test', a.n_attack)
+        x,y    = split_tensors(loaders(a, seed), 'test', a.n_attack)
         for name in a.nets.split(','):
             file = folder/f'{kind.__name__}_{name}.json'
             if file.exists() or not (folder/'train.json').exists(): continue
@@ -189,7 +200,7 @@ if __name__=='__main__':
     for o,h in told.items(): p.add_argument(o, help=h)
     p.add_argument('to', nargs='?', help='collect: the file to write')
     given = dict(arms='pgd,aom', seeds='0', epochs=20, lr=.015, bs=128, arch='convnet_s', steps=5, n_attack=500,
-                 nets=','.join(NETS), amp='no')
+                 nets=','.join(NETS), amp='no', n_train=0, augment='yes')
     for o,v in given.items():
         p.add_argument(f'--{o}', default=v, type=type(v), help=f'{v} if not given')
     p.add_argument('--full', action='store_true', help='judge: all four attacks of AutoAttack')
