@@ -25,11 +25,13 @@ def test_the_driver_from_training_to_one_file(run):
     settings = '--epochs 1 --steps 1 --bs 32 --n_attack 6 --nets average_last --seeds 1'.split()
     said = call('train,judge,segment,sanity', '--arms', 'pgd', '--amp', 'bf16', *settings)
     assert said.count("'epoch': 0")==1
+    call('judge', '--arms', 'pgd', '--split', 'valid', *settings)
     said = call('train,collect', 'all.json', '--arms', 'pgd,aom_stop', *settings)
     assert 'aom_stop-1' in said and 'pgd-1' not in said   # what is there is not made again
     found = json.loads((folder/'all.json').read_text())
     assert {t['arm'] for t in found['trained']}=={'pgd','aom_stop'} and [t['amp'] for t in found['trained']]==['no','bf16']
     assert [len(r['stands']) for r in found['judged']]==[12,6,6]
+    assert [len(r['stands']) for r in found['valid']]==[10,6,6]   # held-out training images, by which one chooses
     assert all(r['seed']==1 and r['accuracy']==r['stands'].count('1')/len(r['stands']) for r in found['judged'])
     seg = found['segments'][0]
     assert len(seg['clean'])==11 and np.isclose(np.mean(seg['clean']), np.mean(seg['clean_pairs']), atol=2e-3)

@@ -144,10 +144,10 @@ def judge(arm, seed, a):
     folder = Path(a.out)/f'{arm}-{seed}'
     if not (folder/'train.json').exists(): return print(folder, 'is not trained yet')
     dls   = loaders(a, seed)
-    x,y   = split_tensors(dls, 'test')
-    xs,ys = split_tensors(dls, 'test', a.n_attack)
+    x,y   = split_tensors(dls, a.split)
+    xs,ys = split_tensors(dls, a.split, a.n_attack)
     for name in a.nets.split(','):
-        file = folder/f'judged_{name}{"_full" if a.full else ""}.json'
+        file = folder/f'{"judged" if a.split=="test" else a.split}_{name}{"_full" if a.full else ""}.json'
         if file.exists(): continue
         net = from_pretrained(folder/f'{name}.safetensors').to(memory_format=torch.channels_last)
         if a.full: vs = [autoattack(net, xs, ys, EPS, bs=250, progress=False)]
@@ -188,7 +188,8 @@ def battery(net, x, y): return dict(rows=sanity(net, x[:100], y[:100], EPS).rows
 
 def collect(a):
     of    = lambda glob: [json.loads(f.read_text()) for f in sorted(Path(a.out).glob(glob))]
-    found = dict(trained=of('*/train.json'), judged=[r for rs in of('*/judged_*.json') for r in rs],
+    flat  = lambda glob: [r for rs in of(glob) for r in rs]
+    found = dict(trained=of('*/train.json'), judged=flat('*/judged_*.json'), valid=flat('*/valid_*.json'),
                  segments=of('*/segments_*.json'), sanity=of('*/battery_*.json'))
     write(Path(a.to), {k: v for k,v in found.items() if v})
     print(', '.join(f'{len(v)} {k}' for k,v in found.items()), 'in', a.to)
@@ -203,6 +204,7 @@ if __name__=='__main__':
                  nets=','.join(NETS), amp='no', n_train=0, augment='yes')
     for o,v in given.items():
         p.add_argument(f'--{o}', default=v, type=type(v), help=f'{v} if not given')
+    p.add_argument('--split', default='test', choices=['test','valid'], help='judge: valid, to choose by')
     p.add_argument('--full', action='store_true', help='judge: all four attacks of AutoAttack')
     a = p.parse_args()
     torch.set_num_threads(1)
