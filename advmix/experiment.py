@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -281,6 +282,14 @@ def _train(learn, spec, r, ranks, progress):
     slow = [cb.networks()[0] for cb in learn.cbs if isinstance(cb, Companion)]
     return dict(model=bare(learn.model), **{'model_ema': net for net in slow})
 
+def _game_of(learn):
+    "What the file of a game's average has besides: the generator's weights and settings; nothing without a game"
+    cb = next((cb for cb in learn.cbs if isinstance(cb, GameCallback)), None)
+    if cb is None: return {}
+    own = signature(cb.generator).parameters
+    settings = {k: cb.for_generator.get(k, p.default) for k,p in own.items() if p.default is not p.empty}
+    return dict(beside=dict(generator=cb.game.generator.state_dict()), about=dict(generator=settings))
+
 def _make_run(r, ranks, force, progress):
     "Train and judge, and write everything down"
     learn,spec = ranks.each(lambda: _learner(r.config, r, ranks.device, ranks.n))
@@ -288,7 +297,9 @@ def _make_run(r, ranks, force, progress):
         ranks.first(lambda: stack.enter_context(r.at_work(force)) and None)
         nets = _train(learn, spec, r, ranks, progress)
         if not ranks.k:
-            for name,net in nets.items(): save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **spec)
+            for name,net in nets.items():
+                more = _game_of(learn) if name=='model_ema' else {}
+                save_model(net, r.folder/f'{name}.safetensors', learn.dls.vocab, **more, **spec)
         _judge(r, nets, learn.dls, ranks, progress is True and (sys.stdout.isatty() or _Progress.every))
 
 # %% ../nbs/70_experiment.ipynb #c6675078

@@ -54,12 +54,14 @@ def save_model(
     path,           # `.safetensors` file
     vocab=None,     # Names of the classes, in the order of the outputs
     beside=None,    # What was trained with it, such as a generator of masks: name -> state dict
+    about=None,     # What else to know of it, such as the settings of that generator; as JSON has it
     **spec,         # Arguments of `get_model`
 ):
     "Save plain weights, no pickles; what callbacks keep in the model stays behind"
     state = {k: v.contiguous() for k,v in net.state_dict().items() if isinstance(v, Tensor) and not k.startswith('advmix.')}
     for name,part in (beside or {}).items(): state |= {f'advmix.{name}.{k}': v.clone() for k,v in part.items()}
-    meta  = dict(spec=json.dumps(spec)) | ({} if vocab is None else dict(vocab=json.dumps([str(o) for o in vocab])))
+    known = dict(vocab=None if vocab is None else [str(o) for o in vocab], about=about)
+    meta  = dict(spec=json.dumps(spec)) | {k: json.dumps(v) for k,v in known.items() if v is not None}
     _write_file(path, save(state, metadata=meta))
 
 # %% ../nbs/69_folder.ipynb #75548137

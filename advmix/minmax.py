@@ -300,6 +300,6 @@ def from_pretrained(cls:MinMax,
     if make is None: make = AutoMixGenerator if settings.get('objective')=='automix' else AdAutoMixGenerator
     def part(f): return {k:settings.pop(k) for k in signature(f).parameters if k in settings}
     gen,net = make.from_pretrained(name, **part(make)),trained_network(name)
-    student = copy.deepcopy(net)
-    student.load_state_dict(net.beside['student'])
+    student = copy.deepcopy(net)   # a run keeps it in a file of its own: then it begins as the teacher
+    student.load_state_dict(net.beside.get('student', net.state_dict()))
     return cls(student, gen, teacher=Average(net, **part(Average)), **settings)

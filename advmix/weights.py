@@ -111,9 +111,10 @@ def from_pretrained(
         path,have = Path(name),', '.join(sorted(p.stem for p in _shelf().glob('*.safetensors')))
         if path.suffix!='.safetensors' and not path.exists():
             raise ValueError(f'{name} does not ship with advmix: choose one of {have}, or give a .safetensors file')
-        about = {}
-    else: about = json.loads((_shelf()/'pretrained.json').read_text()).get(name, {})
+        known = {}
+    else: known = json.loads((_shelf()/'pretrained.json').read_text()).get(name, {})
     meta,state = _opened(path)
+    about = json.loads(meta.get('about', '{}')) | known
     more = {k: state.pop(k) for k in list(state) if k.startswith('advmix.')}
     try:
         net = get_model(**json.loads(meta['spec']))

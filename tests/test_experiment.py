@@ -9,6 +9,9 @@ from fastai.callback.training import ShortEpochCallback
 from advmix import experiment as E, folder as F
 from advmix.config import Config
 from advmix.experiment import compare_runs, run, table
+from advmix.generator import AdAutoMixGenerator, AutoMixGenerator
+from advmix.minmax import MinMax
+from advmix.objectives import PUBLISHED
 from advmix.folder import Run, save_model, _write_file as write_file
 from advmix.weights import from_pretrained
 from advmix.methods import METHODS
@@ -301,3 +304,17 @@ def test_a_pipe_is_told_every_half_minute(tmp_path, capfd, monkeypatch):
     says = capfd.readouterr().out
     assert says.count('images for training')==1 and 'convnet_s' in says and 'epochs of' in says
     assert 'vanilla-0: ' in says and '%, about' not in says and '[2/2] mixup-0' in says
+
+@pytest.mark.parametrize('method,make', [('automix',AutoMixGenerator), ('adautomix',AdAutoMixGenerator)])
+def test_the_masks_of_a_run_can_be_used_afterwards(method, make, tmp_path):
+    "The file of the average has the generator with the settings it was trained with; a game goes on from there"
+    r = run(Config(method, epochs=1, bs=256, suite='clean', n_eval=8, stage=-1, alpha=.7, published='small'), tmp_path/'r', 'cpu', progress=False)
+    path  = r.folder/'model_ema.safetensors'
+    gen   = make.from_pretrained(path)
+    assert (gen.stage,gen.alpha,gen.attention.v.weight.shape[1])==(-1,.7,32+PUBLISHED[method].get('lam_plane', True))
+    x,y   = torch.rand(6, 1, 8, 8),torch.arange(6)
+    mixed = gen(x, y, r.model(ema=True))
+    assert torch.allclose(mixed.mask.sum(1), torch.ones(6, 8, 8), atol=1e-5) and mixed.mask.std()>0
+    game  = MinMax.from_pretrained(path, make, objective='automix' if method=='automix' else 'balanced')
+    assert game.mix(x, y).x.shape==x.shape
+    assert 'generator' not in from_pretrained(r.folder/'model.safetensors').beside

@@ -3,6 +3,7 @@ import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from advmix.callbacks import MixCallback
+from advmix.experiment import compare_runs
 from advmix.intervals import bootstrap
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent/'nbs'/'experiments'
@@ -80,3 +81,22 @@ def test_the_differences_of_the_front_page_are_what_was_measured(a, b):
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
     assert f'{text(low)} to {text(high)})' in page and f' {text(abs(mean))} ' in page
+
+def test_what_a_sweep_left_is_measured_further_and_kept(tmp_path):
+    "One run: student and average, the quarter radius and the occlusion curve; what was measured is not measured again"
+    sys.path.insert(0, str(EXPERIMENTS))
+    try: import learned
+    finally: sys.path.pop(0)
+    c = dict(epochs=1, bs=256, ema=True, suite='clean,fgsm,corruption,calibration', arch='convnet_s')
+    compare_runs(['mixup:alpha=.5'], out=tmp_path, progress=False, **c)
+    folder, = (f for f in tmp_path.iterdir() if f.is_dir())
+    got = learned.of_run(folder, 16)
+    assert (got['spec'],got['seed'],got['settings']['alpha'])==('mixup:alpha=.5',0,.5)
+    for net in ('student','average'):
+        r = got[net]
+        assert r['clean']==np.mean([b=='1' for b in r['stands']]) and 0<=r['fgsm']<=1 and r['ece']>=0
+        assert np.isclose(np.mean([int(v) for v in r['corrupted'].split()])/r['of'], r['corruption'])
+    assert got['student']['stands']!=got['average']['stands']
+    assert 1>=got['further']['fgsm']>=got['further']['pgd20']-2/16 and len(got['further']['occlusion'])==5
+    (folder/'further.json').write_text('{"kept": 1}')
+    assert learned.of_run(folder, 16)['further']=={'kept': 1}

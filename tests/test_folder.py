@@ -40,10 +40,10 @@ def test_what_further_processes_leave_is_cleared_away_and_nothing_else(tmp_path)
 def test_what_was_trained_beside_the_network_comes_back(tmp_path):
     net,gen = get_model(**spec).eval(),AdAutoMixGenerator(32, n_mix=2)
     path = tmp_path/'m.safetensors'
-    save_model(net, path, beside=dict(generator=gen.state_dict(), student=net.state_dict()), **spec)
+    save_model(net, path, beside=dict(generator=gen.state_dict(), student=net.state_dict()), about=dict(generator=dict(n_mix=2)), **spec)
     got = from_pretrained(path)
-    assert got.vocab is None and got.about=={} and set(got.beside)=={'generator','student'}
+    assert got.vocab is None and got.about==dict(generator=dict(n_mix=2)) and set(got.beside)=={'generator','student'}
     for k,v in gen.state_dict().items(): assert torch.equal(got.beside['generator'][k], v)
-    same = AdAutoMixGenerator.from_pretrained(path, n_mix=2)
+    same = AdAutoMixGenerator.from_pretrained(path)
     for a,b in zip(same.parameters(), gen.parameters()): assert torch.equal(a, b) and a.requires_grad
-    assert same.n_mix==(2,)
+    assert same.n_mix==(2,) and AdAutoMixGenerator.from_pretrained(path, n_mix=3).n_mix==(3,)   # what is said here wins

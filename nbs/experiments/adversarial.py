@@ -57,6 +57,7 @@ def arms(steps):
     cut = CutMix(per_sample=True)
     return dict(
         pgd        = lambda: PGDCallback(**at),
+        pgd_random = lambda: PGDCallback(direction='random', **at),  # steps of the same length to random sides
         pgd_ls     = lambda: PGDCallback(**at),                      # label smoothing instead of mixing
         pgd_fast   = lambda: PGDCallback(**one),
         mix_pgd    = lambda: AOMCallback(where='mix', **at),
