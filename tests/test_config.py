@@ -21,7 +21,8 @@ wrong = [dict(epochs=.5), dict(bs=float('inf')), dict(n_mix='x'), dict(eps=0), d
 
 wrong += [dict(opt='rmsprop'), dict(wd=-1e-4), dict(mom=1.), dict(mom=-.1), dict(sched='linear'), dict(lr_end=.001), dict(warmup=1),
           dict(lr_end=.1, sched='cosine', lr=.01), dict(lr_end=-1., sched='cosine'), dict(warmup=30, sched='cosine'),
-          dict(warmup=-1, sched='cosine'), dict(pretrained=True), dict(published='big'), dict(gen_lr=0.), dict(stage=.5), dict(pretrained=1)]
+          dict(warmup=-1, sched='cosine'), dict(pretrained=True), dict(pretrained=1), dict(published='big'), dict(gen_lr=0.),
+          dict(stage=.5)]
 
 @pytest.mark.parametrize('wrong', wrong)
 def test_refuses(wrong):

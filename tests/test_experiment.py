@@ -308,7 +308,8 @@ def test_a_pipe_is_told_every_half_minute(tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize('method,make', [('automix',AutoMixGenerator), ('adautomix',AdAutoMixGenerator)])
 def test_the_masks_of_a_run_can_be_used_afterwards(method, make, tmp_path):
     "The file of the average has the generator with the settings it was trained with; a game goes on from there"
-    r = run(Config(method, epochs=1, bs=256, suite='clean', n_eval=8, stage=-1, alpha=.7, published='small'), tmp_path/'r', 'cpu', progress=False)
+    c = Config(method, epochs=1, bs=256, suite='clean', n_eval=8, stage=-1, alpha=.7, published='small')
+    r = run(c, tmp_path/'r', 'cpu', progress=False)
     path  = r.folder/'model_ema.safetensors'
     gen   = make.from_pretrained(path)
     assert (gen.stage,gen.alpha,gen.attention.v.weight.shape[1])==(-1,.7,32+PUBLISHED[method].get('lam_plane', True))

@@ -1,5 +1,5 @@
 "The long runs: their driver works from training to one file, and what a page says is what its file holds"
-import json, subprocess, sys
+import ast, json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from advmix.callbacks import MixCallback
@@ -51,18 +51,20 @@ def test_every_arm_is_a_mix():
     assert not arms.keys()&more.keys()
     for name,make in (arms|more).items(): assert isinstance(make(), MixCallback), name
 
-ROWS = dict(pgd='PGD, ten steps', pgd_fast='PGD, one step', aom_fixed='AOM, ten steps', aom_fast='AOM, one step')
+def said_by(cell, seen):
+    "The Markdown that a cell of the front page ends with"
+    *body,last = ast.parse(cell).body
+    exec(compile(ast.Module(body, []), 'index', 'exec'), seen)
+    return eval(compile(ast.Expression(last.value), 'index', 'eval'), seen).data
 
-@pytest.mark.parametrize('arm', ROWS)
-def test_the_table_of_the_front_page_is_what_was_measured(arm):
-    rows = [r for r in json.loads((EXPERIMENTS/'results'/'floor.json').read_text())['judged'] if r['arm']==arm]
-    said = [l for l in (EXPERIMENTS.parents[1]/'README.md').read_text().splitlines() if l.startswith(f'| {ROWS[arm]} ')]
-    cells = []
-    for name in ('clean', 'autoattack (apgd-ce, apgd-t only)'):
-        v = [100*r['accuracy'] for r in rows if r['name']==name]
-        assert len(v)==3
-        cells.append(f'{np.mean(v):.1f} ± {np.std(v, ddof=1):.1f}')
-    assert len(said)==1 and [c.strip() for c in said[0].split('|')][3:5]==cells
+def test_the_tables_of_the_front_page_are_what_was_measured(monkeypatch):
+    "Made again from the files of the long runs, they are in README word for word"
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    cells = [''.join(c['source']) for c in json.loads(Path('index.ipynb').read_text())['cells'] if c['cell_type']=='code']
+    seen,page = {},(EXPERIMENTS.parents[1]/'README.md').read_text()
+    exec(next(c for c in cells if 'def markdown' in c), seen)
+    tables = [said_by(c, seen) for c in cells if 'experiments/results' in c]
+    assert len(tables)==2 and all(t in page and len(t.splitlines())>8 for t in tables)
 
 def test_smoothing_has_the_entropy_of_mixed_labels():
     "Half a nat, the mean entropy of a uniform ratio, for nine pairs in ten"
@@ -71,7 +73,7 @@ def test_smoothing_has_the_entropy_of_mixed_labels():
     lam = np.linspace(1e-6, 1-1e-6, 100001)
     assert 0<s<.9 and np.isclose(-(p*np.log(p)).sum(), .9*np.mean(-lam*np.log(lam)-(1-lam)*np.log(1-lam)), atol=1e-4)
 
-@pytest.mark.parametrize('a,b', [('pgd_fast','pgd'), ('aom_fast','aom_fixed'), ('aom_fixed','pgd'), ('aom_fast','pgd_fast')])
+@pytest.mark.parametrize('a,b', [('pgd_fast','pgd'), ('aom_fast','aom_fixed')])
 def test_the_differences_of_the_front_page_are_what_was_measured(a, b):
     "Mean over three seeds and its interval over images"
     rows = [r for r in json.loads((EXPERIMENTS/'results'/'floor.json').read_text())['judged'] if 'only' in r['name']]
