@@ -7,6 +7,7 @@ __all__ = ['evaluate']
 
 # %% ../nbs/75_judge.ipynb #e40a7e9a
 import importlib, math, os, re, sys, traceback
+from importlib.resources import files
 from inspect import signature
 from pathlib import Path
 from fastcore.basics import patch
@@ -45,8 +46,11 @@ def _check(self:_Task):
     if self.model and self.path: raise ValueError(f'{self.path} and model={self.model} are two networks: give one')
     if not (self.model or self.path):
         raise ValueError('there is no network to judge: give a run folder, a file or model=module:function')
-    if self.path and not Path(self.path).exists():
-        raise ValueError(f'{self.path} does not exist: give a run folder, a .pkl or a weights file')
+    self.ships = bool(self.path) and not Path(self.path).exists() and _shelf(f'{self.path}.safetensors').is_file()
+    if self.path and not (self.ships or Path(self.path).exists()):
+        raise ValueError(f'{self.path} does not exist: give a run folder, a .pkl, a weights file, or the name of one '
+                         'that ships, such as pgd-cifar10')
+    if self.ships and self.arch: raise ValueError(f'arch={self.arch} is for plain weights: leave it out with {self.path}')
     if self.model and self.arch: raise ValueError(f'arch={self.arch} is for plain weights: leave it out with model=')
     if (self.mean is None)!=(self.std is None): raise ValueError('mean= and std= go together: give both')
     self.stats = None if self.mean is None else (_numbers('mean', self.mean), _numbers('std', self.std, 1e-6))
@@ -57,6 +61,8 @@ def _check(self:_Task):
     if self.eps is None and self.norm!='linf': raise ValueError(f'norm={self.norm}: give its radius with eps=')
     if self.eps is not None and self.norm=='linf' and not 0<self.eps<=1:
         raise ValueError(f'eps={self.eps}: a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
+
+def _shelf(name): return files('advmix').joinpath('pretrained', name)
 
 def _numbers(k, v, least=-math.inf):
     "Numbers from text such as `.485,.456,.406`"
@@ -142,9 +148,9 @@ def find(self:_Task):
         net,names,stats = _exported(path, self.trust_pickle)
         if stats and self.stats: raise ValueError(f'{path} has its own normalisation: leave mean= and std= out')
         return net,names,stats or self.stats
-    if not path.is_dir() and (self.arch or path.suffix!='.safetensors'): return None,None,self.stats
+    if not path.is_dir() and not self.ships and (self.arch or path.suffix!='.safetensors'): return None,None,self.stats
     if self.stats: raise ValueError(f'{path} has its own normalisation: leave mean= and std= out')
-    return *(Run(path).model(vocab=True) if path.is_dir() else from_pretrained(path, vocab=True)),()
+    return *(Run(path).model(vocab=True) if path.is_dir() else from_pretrained(str(path), vocab=True)),()
 
 @patch
 def fill(self:_Task, **kwargs):
@@ -312,7 +318,7 @@ def _page(report, path):
 @command
 @delegates(_Task, but=['path'])
 def evaluate(
-    path:str=None,      # A run folder, a .safetensors of ours, a .pkl of learn.export, or weights of `arch`
+    path:str=None,      # A run folder; pgd-cifar10, say, which ships; a .safetensors of ours, a .pkl, or weights of `arch`
     merge:list=None,    # Judge nothing, join these reports on parts
     out:str=None,       # Write the report to this .json as it grows; the same command goes on with it
     page:str=None,      # Write a picture of the ten worst examples to this .png

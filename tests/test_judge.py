@@ -7,11 +7,13 @@ from torch import nn
 from advmix import judge, report as R
 from advmix.config import Config
 from advmix.data import digits_dls, split_tensors
+from advmix.evaluate import clean
 from advmix.experiment import run
 from advmix.files import folder_dls
 from advmix.folder import save_model
 from advmix.models import get_model
 from advmix.report import Report
+from advmix.weights import cifar_sheet, from_pretrained
 
 @pytest.fixture
 def sh(monkeypatch, capsys, tmp_path):
@@ -440,3 +442,17 @@ finally: assert not {"torch","fastai","pandas","matplotlib"}&sys.modules.keys()'
     assert r.returncode==0 and not r.stderr, r.stderr
     for a in 'merge out page fail model arch mean std vocab trust data size part bs eps norm suite seed device'.split():
         assert f'--{a}' in r.stdout
+
+def test_a_network_that_ships_is_judged_by_its_name(sh):
+    x,y,names = cifar_sheet()
+    x,y = (x*255).round().byte().numpy(),y.numpy()
+    flip = np.arange(10)[::-1].copy()   # the classes of these images in another order than the network's
+    np.savez('sheet.npz', x_train=x, y_train=flip[y], x_test=x, y_test=flip[y], vocab=names[::-1])
+    code,_,_ = sh('vanilla-cifar10', '--data', 'sheet.npz', '--suite', 'clean', '--out', 'r.json')
+    net = from_pretrained('vanilla-cifar10')
+    assert code==0 and rows('r.json')['clean']['accuracy']==clean(net, *cifar_sheet()[:2]).accuracy>.5
+    for more in (['--arch','resnet18'], ['--mean','.5','--std','.5']):
+        code,_,err = sh('vanilla-cifar10', '--data', 'sheet.npz', *more)
+        assert code==2 and 'leave' in err
+    code,_,err = sh('vanilla-cifar11', '--data', 'sheet.npz')
+    assert code==2 and 'one that ships' in err
