@@ -73,16 +73,18 @@ def test_smoothing_has_the_entropy_of_mixed_labels():
     lam = np.linspace(1e-6, 1-1e-6, 100001)
     assert 0<s<.9 and np.isclose(-(p*np.log(p)).sum(), .9*np.mean(-lam*np.log(lam)-(1-lam)*np.log(1-lam)), atol=1e-4)
 
-@pytest.mark.parametrize('a,b', [('pgd_fast','pgd'), ('aom_fast','aom_fixed')])
-def test_the_differences_of_the_front_page_are_what_was_measured(a, b):
+@pytest.mark.parametrize('file,a,b', [('floor','pgd_fast','pgd'), ('floor','aom_fast','aom_fixed'),
+                                      ('cifar_aom','mix_pgd','pgd_wide'), ('cifar_aom','aom_fixed','aom')])
+def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
     "Mean over three seeds and its interval over images"
-    rows = [r for r in json.loads((EXPERIMENTS/'results'/'floor.json').read_text())['judged'] if 'only' in r['name']]
+    rows = [r for r in json.loads((EXPERIMENTS/'results'/f'{file}.json').read_text())['judged']
+            if 'only' in r['name'] and r['net']=='average_last']
     kept = lambda arm: {r['seed']: np.array([c=='1' for c in r['stands']], float) for r in rows if r['arm']==arm}
     p,q  = kept(a),kept(b)
     mean,low,high = 100*np.array(bootstrap(np.mean([p[s]-q[s] for s in (0,1,2)], 0), ends=None))
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
-    assert f'{text(low)} to {text(high)})' in page and f' {text(abs(mean))} ' in page
+    assert f'({text(low)} to {text(high)})' in page and f' {text(abs(mean))} ' in page
 
 def test_what_a_sweep_left_is_measured_further_and_kept(tmp_path):
     "One run: student and average, the quarter radius and the occlusion curve; what was measured is not measured again"
