@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -286,9 +285,7 @@ def _game_of(learn):
     "What the file of a game's average has besides: the generator's weights and settings; nothing without a game"
     cb = next((cb for cb in learn.cbs if isinstance(cb, GameCallback)), None)
     if cb is None: return {}
-    own = signature(cb.generator).parameters
-    settings = {k: cb.for_generator.get(k, p.default) for k,p in own.items() if p.default is not p.empty}
-    return dict(beside=dict(generator=cb.game.generator.state_dict()), about=dict(generator=settings))
+    return dict(beside=dict(generator=cb.game.generator.state_dict()), about=dict(generator=cb.for_generator))
 
 def _make_run(r, ranks, force, progress):
     "Train and judge, and write everything down"

@@ -46,8 +46,9 @@ def _check(self:_Task):
     if self.model and self.path: raise ValueError(f'{self.path} and model={self.model} are two networks: give one')
     if not (self.model or self.path):
         raise ValueError('there is no network to judge: give a run folder, a file or model=module:function')
-    self.ships = bool(self.path) and not Path(self.path).exists() and _shelf(f'{self.path}.safetensors').is_file()
-    if self.path and not (self.ships or Path(self.path).exists()):
+    there,shelf = bool(self.path) and Path(self.path).exists(),files('advmix').joinpath('pretrained')
+    self.ships  = bool(self.path) and not there and shelf.joinpath(f'{self.path}.safetensors').is_file()
+    if self.path and not (there or self.ships):
         raise ValueError(f'{self.path} does not exist: give a run folder, a .pkl, a weights file, or the name of one '
                          'that ships, such as pgd-cifar10')
     if self.ships and self.arch: raise ValueError(f'arch={self.arch} is for plain weights: leave it out with {self.path}')
@@ -61,8 +62,6 @@ def _check(self:_Task):
     if self.eps is None and self.norm!='linf': raise ValueError(f'norm={self.norm}: give its radius with eps=')
     if self.eps is not None and self.norm=='linf' and not 0<self.eps<=1:
         raise ValueError(f'eps={self.eps}: a radius in pixel units lies in (0,1], for example 8/255 = 0.0314')
-
-def _shelf(name): return files('advmix').joinpath('pretrained', name)
 
 def _numbers(k, v, least=-math.inf):
     "Numbers from text such as `.485,.456,.406`"

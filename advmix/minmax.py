@@ -296,10 +296,10 @@ def from_pretrained(cls:MinMax,
     make=None,      # Class of the generator, as for `for_model`
     **settings      # Of that generator, of `Average` and of `MinMax`, by name
 )->MinMax:
-    "The players at the end of a training, in evaluation mode; `ValueError` if `name` was trained without a game"
+    "The players at the end of a training; the student of a run begins as its teacher. `ValueError` if there was no game"
     if make is None: make = AutoMixGenerator if settings.get('objective')=='automix' else AdAutoMixGenerator
     def part(f): return {k:settings.pop(k) for k in signature(f).parameters if k in settings}
     gen,net = make.from_pretrained(name, **part(make)),trained_network(name)
-    student = copy.deepcopy(net)   # a run keeps it in a file of its own: then it begins as the teacher
-    student.load_state_dict(net.beside.get('student', net.state_dict()))
+    student = copy.deepcopy(net)
+    if 'student' in net.beside: student.load_state_dict(net.beside['student'])   # a run keeps it in a file of its own
     return cls(student, gen, teacher=Average(net, **part(Average)), **settings)

@@ -1,5 +1,5 @@
 "The long runs: their driver works from training to one file, and what a page says is what its file holds"
-import ast, json, subprocess, sys
+import ast, importlib, json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from advmix.callbacks import MixCallback
@@ -39,11 +39,10 @@ def test_the_driver_from_training_to_one_file(run):
     assert np.mean(seg['attacked'])>=np.mean(seg['clean'])
     assert len(found['sanity'][0]['rows'])>10
 
-def import_driver():
+def import_driver(name='adversarial'):
     sys.path.insert(0, str(EXPERIMENTS))
-    try: import adversarial
+    try: return importlib.import_module(name)
     finally: sys.path.pop(0)
-    return adversarial
 
 def test_every_arm_is_a_mix():
     driver = import_driver()
@@ -74,12 +73,14 @@ def test_smoothing_has_the_entropy_of_mixed_labels():
     assert 0<s<.9 and np.isclose(-(p*np.log(p)).sum(), .9*np.mean(-lam*np.log(lam)-(1-lam)*np.log(1-lam)), atol=1e-4)
 
 @pytest.mark.parametrize('file,a,b', [('floor','pgd_fast','pgd'), ('floor','aom_fast','aom_fixed'),
-                                      ('cifar_aom','mix_pgd','pgd_wide'), ('cifar_aom','aom','aom_fixed')])
+    ('cifar_aom','mix_pgd','pgd_wide'), ('cifar_aom','aom','aom_fixed'), ('cifar_learned','automix:stage=-1','vanilla'),
+    ('cifar_learned','adautomix:stage=-1','vanilla'), ('cifar_learned','adautomix:stage=-1','cutmix:epochs=160')])
 def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
     "Mean over three seeds and its interval over images"
-    rows = [r for r in json.loads((EXPERIMENTS/'results'/f'{file}.json').read_text())['judged']
-            if 'only' in r['name'] and r['net']=='average_last']
-    kept = lambda arm: {r['seed']: np.array([c=='1' for c in r['stands']], float) for r in rows if r['arm']==arm}
+    found = json.loads((EXPERIMENTS/'results'/f'{file}.json').read_text())
+    if file=='cifar_learned': rows = [(r['spec'], r['seed'], r['average']['stands']) for r in found]
+    else: rows = [(r['arm'], r['seed'], r['stands']) for r in found['judged'] if 'only' in r['name']]
+    kept = lambda arm: {seed: np.array([c=='1' for c in s], float) for a,seed,s in rows if a==arm}
     p,q  = kept(a),kept(b)
     mean,low,high = 100*np.array(bootstrap(np.mean([p[s]-q[s] for s in (0,1,2)], 0), ends=None))
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
@@ -89,9 +90,7 @@ def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
 
 def test_what_a_sweep_left_is_measured_further_and_kept(tmp_path):
     "One run: student and average, the quarter radius and the occlusion curve; what was measured is not measured again"
-    sys.path.insert(0, str(EXPERIMENTS))
-    try: import learned
-    finally: sys.path.pop(0)
+    learned = import_driver('learned')
     c = dict(epochs=1, bs=256, ema=True, suite='clean,fgsm,corruption,calibration', arch='convnet_s')
     compare_runs(['mixup:alpha=.5'], out=tmp_path, progress=False, **c)
     folder, = (f for f in tmp_path.iterdir() if f.is_dir())

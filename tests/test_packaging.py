@@ -103,8 +103,8 @@ def test_notebooks_are_clean(nb):
     outputs = json.dumps([c.get('outputs') for c in d['cells']])
     assert not re.search(r'/home/|/root/|/work/|/tmp/|site-packages', outputs), 'a local path in the outputs'
 
-@pytest.mark.parametrize('nb', library, ids=lambda p: p.stem)
-def test_library_notebooks_show_their_outputs(nb):
+@pytest.mark.parametrize('nb', nbs, ids=lambda p: p.stem)
+def test_notebooks_show_their_outputs(nb):
     d = json.loads(nb.read_text())
     assert any(c.get('outputs') for c in d['cells']) and not any('skip_exec' in ''.join(c['source']) for c in d['cells'])
 

@@ -57,7 +57,7 @@ def arms(steps):
     cut = CutMix(per_sample=True)
     return dict(
         pgd        = lambda: PGDCallback(**at),
-        pgd_wide   = lambda: PGDCallback(eps=10/255, step=10/255/4, steps=steps),   # less clean accuracy for more robustness
+        pgd_wide   = lambda: PGDCallback(eps=10/255, steps=steps),   # less clean accuracy for more robustness
         pgd_random = lambda: PGDCallback(direction='random', **at),  # steps of the same length to random sides
         pgd_ls     = lambda: PGDCallback(**at),                      # label smoothing instead of mixing
         pgd_fast   = lambda: PGDCallback(**one),

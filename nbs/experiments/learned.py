@@ -17,7 +17,7 @@ from advmix.occlusion import occlusion_rows
 
 SMALL  = 2/255
 RATIOS = .1,.3,.5,.7,.9
-NAMES  = dict(clean='clean', fgsm='fgsm', mean='corruption', calibration='calibration')   # by the first word of a row
+NAMES  = dict(clean='clean', fgsm='fgsm', mean='corruption')   # accuracies that are kept, by the first word of a row
 
 def further(run, n):
     "Weak attacks on the first `n` test images, and the occlusion curve on all of them"
@@ -34,14 +34,14 @@ def further(run, n):
 
 def measured(run, average):
     "What the report says of the student or of the average"
-    of  = [r for r in run.report.rows if r['name'].endswith('_ema')==average]
     res = {}
-    for r in of:
-        name = NAMES.get(r['name'].split()[0].removesuffix('_ema'))
-        if name: res[name] = r['accuracy']
-        if name=='clean':       res |= dict(stands=r['stands'])              # image by image: 1 is right
-        if name=='corruption':  res |= dict(corrupted=r['per_image'], of=r['of'])   # in how many of so many it is right
-        if name=='calibration': res |= dict(ece=r['ece'], ece_floor=r['ece_floor'])
+    for r in run.report.rows:
+        if r['name'].endswith('_ema')!=average: continue
+        word = r['name'].split()[0].removesuffix('_ema')
+        if word in NAMES:       res[NAMES[word]] = r['accuracy']
+        if word=='clean':       res |= dict(stands=r['stands'])                     # image by image: 1 is right
+        if word=='mean':        res |= dict(corrupted=r['per_image'], of=r['of'])   # in how many of so many it is right
+        if word=='calibration': res |= dict(ece=r['ece'], ece_floor=r['ece_floor'])
     return res
 
 def of_run(folder, n):
