@@ -58,6 +58,7 @@ def said_by(cell, seen):
 
 def test_the_tables_of_the_front_page_are_what_was_measured(monkeypatch):
     "Made again from the files of the long runs, they are in README word for word"
+    pytest.importorskip('IPython', reason='the front page is a notebook')
     monkeypatch.chdir(EXPERIMENTS.parent)
     cells = [''.join(c['source']) for c in json.loads(Path('index.ipynb').read_text())['cells'] if c['cell_type']=='code']
     seen,page = {},(EXPERIMENTS.parents[1]/'README.md').read_text()
