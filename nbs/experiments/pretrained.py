@@ -1,6 +1,6 @@
 """The small weights that ship with the package, made again: `from_pretrained` reads what this leaves
 
-    python pretrained.py train OUT              # every run, or --names pgd,...: 25 minutes of one core; resumes
+    python pretrained.py train OUT              # every run, or --names pgd,...: 30 minutes of one core; resumes
     python pretrained.py collect OUT WEIGHTS    # judged on exact test images, and written to the package's folder
 
 `train` is `advmix_train` with the settings in `RUNS`, but for the judging; learned mixtures tap the last stage and keep
@@ -16,7 +16,8 @@ RUNS = dict(
     vanilla    = dict(epochs=8),
     adautomix  = dict(epochs=6),
     pgd        = HARD,
-    cutmix_pgd = HARD)
+    cutmix_pgd = HARD,
+    aom        = HARD)
 
 def train(out, name):
     "One run: `student`, `average` and, where a mixture is learned, `generator`"
