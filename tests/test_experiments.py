@@ -1,5 +1,5 @@
 "The long runs: their driver works from training to one file, and what a page says is what its file holds"
-import ast, importlib, json, subprocess, sys
+import ast, importlib, json, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from advmix.callbacks import MixCallback
@@ -88,6 +88,31 @@ def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
     either = f'({text(low)} to {text(high)})',f'({text(-high)} to {text(-low)})'   # or as a loss, turned round
     assert any(t in page for t in either) and f' {text(abs(mean))} ' in page
+
+NUMBER = r'(?<![\w.])[−-]?\d*\.?\d+'
+def value(v): return abs(float(v.replace('−', '-')))
+
+def shown(nb):
+    "The numbers, without signs, of every line that a notebook prints and of every row of its tables"
+    for o in (o for c in nb['cells'] for o in c.get('outputs', [])):
+        text = o.get('data', o)
+        text = ''.join(next(text[k] for k in ('text/html','text/plain','text') if k in text))
+        for row in re.findall('<tr.*?</tr>', text, re.S) or text.splitlines():
+            yield {value(v) for v in re.findall(NUMBER, re.sub('<[^>]*>', ' ', row).replace(',', ''))}
+
+ELSEWHERE = dict(cifar_aom={48.7,84.2}, cifar_learned={.85}, digits_learned={.95})   # published, or of a flat mask
+
+@pytest.mark.parametrize('page', sorted(EXPERIMENTS.glob('*.ipynb')), ids=lambda p: p.stem)
+def test_a_conclusion_says_what_its_page_shows(page):
+    "Every number with a decimal stands in an output, and both ends of an interval in the same row"
+    nb   = json.loads(page.read_text())
+    rows = list(shown(nb))
+    text = [''.join(c['source']) for c in nb['cells'] if c['cell_type']=='markdown'][-1]
+    text = re.sub(r'`[^`]*`|\]\([^)]*\)|arXiv [\d.]+|^    .*$', '', text, flags=re.M)
+    told = {value(v) for v in re.findall(NUMBER, text) if '.' in v}-ELSEWHERE.get(page.stem, set())
+    assert told<=set().union(*rows), told-set().union(*rows)
+    for ends in re.findall(rf'({NUMBER}) to ({NUMBER})', text):
+        assert any({value(v) for v in ends}<=r for r in rows), ends
 
 def test_what_a_sweep_left_is_measured_further_and_kept(tmp_path):
     "One run: student and average, the quarter radius and the occlusion curve; what was measured is not measured again"
