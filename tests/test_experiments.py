@@ -74,19 +74,27 @@ def test_smoothing_has_the_entropy_of_mixed_labels():
     assert 0<s<.9 and np.isclose(-(p*np.log(p)).sum(), .9*np.mean(-lam*np.log(lam)-(1-lam)*np.log(1-lam)), atol=1e-4)
 
 @pytest.mark.parametrize('file,a,b', [('floor','pgd_fast','pgd'), ('floor','aom_fast','aom_fixed'),
-    ('cifar_aom','mix_pgd','pgd_wide'), ('cifar_aom','aom','aom_fixed'), ('cifar_learned','automix:stage=-1','vanilla'),
-    ('cifar_learned','adautomix:stage=-1','vanilla'), ('cifar_learned','adautomix:stage=-1','cutmix:epochs=160')])
+    ('cifar_aom','aom','aom_fixed'), ('cifar_aom','aom','aom_random'),
+    ('robust_overfitting','pgd average_last','pgd average_best'), ('robust_overfitting','cutmix_pgd average_last','pgd average_last'),
+    ('robust_overfitting','augmented average_last','pgd average_last'),
+    ('cifar_learned','automix:stage=-1','vanilla'), ('cifar_learned','adautomix:stage=-1','vanilla'),
+    ('cifar_learned','adautomix:stage=-1','cutmix:epochs=160')])
 def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
-    "Mean over three seeds and its interval over images"
-    found = json.loads((EXPERIMENTS/'results'/f'{file}.json').read_text())
+    "Mean over seeds and its interval over images, held-out ones too where there are any"
+    read  = lambda name: json.loads((EXPERIMENTS/'results'/f'{name}.json').read_text())
+    found = read(file)
+    if file=='robust_overfitting': found['judged'] += [r|dict(arm='augmented') for r in read('robust_augmented')['judged']]
     if file=='cifar_learned': rows = [(r['spec'], r['seed'], r['average']['stands']) for r in found]
-    else: rows = [(r['arm'], r['seed'], r['stands']) for r in found['judged'] if 'only' in r['name']]
-    kept = lambda arm: {seed: np.array([c=='1' for c in s], float) for a,seed,s in rows if a==arm}
-    p,q  = kept(a),kept(b)
-    mean,low,high = 100*np.array(bootstrap(np.mean([p[s]-q[s] for s in (0,1,2)], 0), ends=None))
+    else:
+        name = lambda r: f'{r["arm"]} {r["net"]}' if ' ' in a else r['arm']
+        rows = [(name(r), r['seed'], r['stands']) for r in found['judged']+found.get('valid', []) if 'only' in r['name']]
+    kept = {}
+    for arm,seed,stands in rows: kept.setdefault(arm, {}).setdefault(seed, []).extend(c=='1' for c in stands)
+    p,q = ([np.array(v, float) for _,v in sorted(kept[arm].items())] for arm in (a,b))
+    mean,low,high = 100*np.array(bootstrap(np.mean([v-w for v,w in zip(p, q, strict=True)], 0), ends=None))
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
-    either = f'({text(low)} to {text(high)})',f'({text(-high)} to {text(-low)})'   # or as a loss, turned round
+    either = f'({text(low)} to {text(high)}',f'({text(-high)} to {text(-low)}'   # or as a loss, turned round
     assert any(t in page for t in either) and f' {text(abs(mean))} ' in page
 
 NUMBER = r'(?<![\w.])[−-]?\d*\.?\d+'
