@@ -79,7 +79,7 @@ def test_smoothing_has_the_entropy_of_mixed_labels():
     ('robust_overfitting','cutmix_pgd average_last','pgd average_last'),
     ('robust_overfitting','augmented average_last','pgd average_last'),
     ('cifar_learned','automix:stage=-1','vanilla'), ('cifar_learned','adautomix:stage=-1','vanilla'),
-    ('cifar_learned','adautomix:stage=-1','cutmix:epochs=160')])
+    ('cifar_learned','adautomix:stage=-1','cutmix:epochs=160'), ('cifar_learned','vanilla:epochs=160','vanilla')])
 def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
     "Mean over seeds and its interval over images, those of `cifar_aom` with the held-out ones"
     read  = lambda name: json.loads((EXPERIMENTS/'results'/f'{name}.json').read_text())
@@ -92,7 +92,7 @@ def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
         rows = [(name(r), r['seed'], r['stands']) for r in found['judged']+more if 'only' in r['name']]
     kept = {}
     for arm,seed,stands in rows: kept.setdefault(arm, {}).setdefault(seed, []).extend(c=='1' for c in stands)
-    p,q = ([np.array(v, float) for _,v in sorted(kept[arm].items())] for arm in (a,b))
+    p,q = ([np.array(kept[arm][s], float) for s in sorted(kept[a].keys()&kept[b].keys())] for arm in (a,b))
     mean,low,high = 100*np.array(bootstrap(np.mean([v-w for v,w in zip(p, q, strict=True)], 0), ends=None))
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
