@@ -96,8 +96,9 @@ def test_the_differences_of_the_front_page_are_what_was_measured(file, a, b):
     mean,low,high = 100*np.array(bootstrap(np.mean([v-w for v,w in zip(p, q, strict=True)], 0), ends=None))
     text = lambda v: f'{v:.1f}'.replace('0.', '.').replace('-', '−')
     page = (EXPERIMENTS.parents[1]/'README.md').read_text()
-    either = f'({text(low)} to {text(high)}',f'({text(-high)} to {text(-low)}'   # or as a loss, turned round
-    assert any(t in page for t in either) and f' {text(abs(mean))} ' in page
+    ends = '|'.join(re.escape(f'{text(v)} to {text(w)}') for v,w in ((low,high), (-high,-low)))   # or as a loss, turned round
+    told = [m[1] for m in re.finditer(rf'([^(]*)\((?:{ends})[),]', page)]
+    assert any(f' {text(abs(mean))} ' in t[-80:] for t in told), told
 
 NUMBER = r'(?<![\w.])[−-]?\d*\.?\d+'
 def value(v): return abs(float(v.replace('−', '-')))

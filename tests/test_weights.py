@@ -119,7 +119,7 @@ SHELF = Path(advmix.__file__).parent/'pretrained'
 VOCAB = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 NAMES = sorted(p.stem for p in SHELF.glob('*.safetensors'))
 ABOUT = json.loads((SHELF/'pretrained.json').read_text())
-FLOOR = {'vanilla-cifar10':.65, 'adautomix-cifar10':.6, 'pgd-cifar10':.4, 'cutmix_pgd-cifar10':.3,'aom-cifar10':.3}   # clean, of 1
+FLOOR = {'vanilla-cifar10':.65, 'adautomix-cifar10':.6, 'pgd-cifar10':.4, 'cutmix_pgd-cifar10':.3, 'aom-cifar10':.3}   # clean, of 1
 
 @pytest.fixture(scope='module')
 def sheet(): return cifar_sheet()
@@ -146,7 +146,7 @@ def test_every_network_of_the_shelf(name, sheet):
     assert out.isfinite().all() and right>FLOOR[name]
     assert abs(right-ABOUT[name]['clean']['accuracy'])<.15   # three standard deviations of a hundred images
     stands = (net(pgd(net, x, y, Threat(8/255, steps=10))).argmax(1)==y).float().mean().item()
-    assert stands>.2 if ABOUT[name]['robust']['accuracy']>.2 else stands<.1
+    assert stands>.2 if name.split('-')[0] in ('pgd','cutmix_pgd','aom') else stands<.1
 
 def test_a_plain_loader_takes_the_same_file(sheet):
     a = model_with(SHELF/'adautomix-cifar10.safetensors', 'convnet_s')   # what is beside the network stays out
