@@ -78,20 +78,16 @@ class Then:
     def at(self, progress): return self.first if progress<self.share else self.second
 
 def recipes(steps):
-    "What could mend a mixture: a near ratio, steeper draws, half of the batches, the last quarter without"
+    "What could mend a mixture: a near ratio, steeper draws, the last quarter without"
     at   = dict(eps=EPS, step=EPS/4, steps=steps)
     pgd  = PGD(**at)
     aom  = lambda **kw: AOM(**dict(ratio='kl') | kw, **at)
     cut  = lambda: AOM(where='mix', mixer=CutMix(per_sample=True), **at)
-    half = lambda mixer: MixCallback([(mixer, .5), (pgd, .5)])
     return dict(
         aom_near        = lambda: MixCallback(aom(radius=.1)),
-        aom_steep       = lambda: MixCallback(aom(alpha=.3)),
-        aom_half        = lambda: half(aom()),
         aom_stop        = lambda: MixCallback(Then(aom(), pgd)),
         fixed_steep     = lambda: MixCallback(aom(ratio='fixed', alpha=.3)),
         fixed_stop      = lambda: MixCallback(Then(aom(ratio='fixed'), pgd)),
-        cutmix_pgd_half = lambda: half(cut()),
         cutmix_pgd_stop = lambda: MixCallback(Then(cut(), pgd)))
 
 class Curves(Callback):
